@@ -105,6 +105,11 @@ class Batch:
             rows.append(own)
         return tuple(rows)
 
+    def _repr_html_(self) -> str:
+        from interp_vlm.tokens.token_html import batch_html
+
+        return batch_html(self)
+
     def __repr__(self) -> str:
         width = len(self.tokens[0].ids) if self.tokens else 0
         images = sum(len(own) for own in self.images)

@@ -289,7 +289,7 @@ def of(x: str | int | Iterable[int] | Tensor | Selector) -> Selector:
 
 
 def _sensible(share: Any) -> bool:
-    return share >= 1 if isinstance(share, Integral) else 0 < share <= 1
+    return bool(share >= 1 if isinstance(share, int | np.integer) else 0 < share <= 1)
 
 
 def _whole_numbers(indices: Any) -> tuple[int, ...]:

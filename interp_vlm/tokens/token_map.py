@@ -16,6 +16,7 @@ from interp_vlm.tokens.grid import ImageGrid
 from interp_vlm.tokens.locate import NOWHERE, Located, locate
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 __all__ = ["ROLES", "TokenMap", "build_maps"]
@@ -133,6 +134,31 @@ class TokenMap:
                 f"picture {number} does not exist", expected=f"0 to {len(self.grids) - 1} ({len(self.grids)} pictures)"
             )
         return (self.image_index == number).nonzero().flatten()
+
+    def plot(
+        self,
+        image: Image | None = None,
+        *,
+        positions: Int[Tensor, " found"] | None = None,
+        number: int = 0,
+        tiles: bool = False,
+    ) -> Figure:
+        """The patch grid over the original picture, as a matplotlib figure.
+
+        Args:
+            image: the original picture; the one that was encoded, where the map knows it.
+            positions: these tokens are marked, for example `selector.positions(tokens)`.
+            number: which picture.
+            tiles: draw the tiles instead of the view of the whole picture.
+        """
+        from interp_vlm.tokens.token_plot import plot_grid
+
+        return plot_grid(self, image, number, positions, tiles)
+
+    def _repr_html_(self) -> str:
+        from interp_vlm.tokens.token_html import token_map_html
+
+        return token_map_html(self)
 
     def __repr__(self) -> str:
         parts = [f"{name} {len(self.role(name))}" for name in ("image", "question", "template", "bos")]
