@@ -1,0 +1,119 @@
+"""Mechanistic interpretability primitives for vision-language models, on nnsight.
+
+Everything of the public vocabulary is here, imported when first used:
+
+    import interp_vlm as iv
+    vlm = iv.load("testbed:llava")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from interp_vlm import data, stats
+    from interp_vlm.engine.receipts import Receipt
+    from interp_vlm.engine.sweep import Sweep
+    from interp_vlm.errors import (
+        DataError,
+        InterpVLMError,
+        InterventionError,
+        ModelError,
+        SelectionError,
+        StudyError,
+    )
+    from interp_vlm.interventions.ablation import Ablation
+    from interp_vlm.interventions.cache import Cache
+    from interp_vlm.interventions.knockout import AttentionKnockout
+    from interp_vlm.interventions.patch import ActivationPatch
+    from interp_vlm.interventions.steering import Steering
+    from interp_vlm.interventions.vary import vary, windows
+    from interp_vlm.models.anatomy import Anatomy
+    from interp_vlm.readouts.answers import Answer, answer_logprob, answer_probability, flipped, logit_difference
+    from interp_vlm.sites import SITES, Site
+    from interp_vlm.tokens import select
+    from interp_vlm.tokens.batch import Batch
+    from interp_vlm.tokens.token_map import TokenMap
+    from interp_vlm.vlm import VLM, Generation, Run, load, reference_mean, sweep
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "interp_vlm.engine.receipts": ("Receipt",),
+    "interp_vlm.engine.sweep": ("Sweep",),
+    "interp_vlm.errors": (
+        "DataError",
+        "InterpVLMError",
+        "InterventionError",
+        "ModelError",
+        "SelectionError",
+        "StudyError",
+    ),
+    "interp_vlm.interventions.ablation": ("Ablation",),
+    "interp_vlm.interventions.cache": ("Cache",),
+    "interp_vlm.interventions.knockout": ("AttentionKnockout",),
+    "interp_vlm.interventions.patch": ("ActivationPatch",),
+    "interp_vlm.interventions.steering": ("Steering",),
+    "interp_vlm.interventions.vary": ("vary", "windows"),
+    "interp_vlm.models.anatomy": ("Anatomy",),
+    "interp_vlm.readouts.answers": ("Answer", "answer_logprob", "answer_probability", "flipped", "logit_difference"),
+    "interp_vlm.sites": ("SITES", "Site"),
+    "interp_vlm.tokens.batch": ("Batch",),
+    "interp_vlm.tokens.token_map": ("TokenMap",),
+    "interp_vlm.vlm": ("Generation", "Run", "VLM", "load", "reference_mean", "sweep"),
+}
+_MODULES = {"data": "interp_vlm.data", "select": "interp_vlm.tokens.select", "stats": "interp_vlm.stats"}
+_NAMES = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "SITES",
+    "VLM",
+    "Ablation",
+    "ActivationPatch",
+    "Anatomy",
+    "Answer",
+    "AttentionKnockout",
+    "Batch",
+    "Cache",
+    "DataError",
+    "Generation",
+    "InterpVLMError",
+    "InterventionError",
+    "ModelError",
+    "Receipt",
+    "Run",
+    "SelectionError",
+    "Site",
+    "Steering",
+    "StudyError",
+    "Sweep",
+    "TokenMap",
+    "answer_logprob",
+    "answer_probability",
+    "data",
+    "flipped",
+    "load",
+    "logit_difference",
+    "reference_mean",
+    "select",
+    "stats",
+    "sweep",
+    "vary",
+    "windows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(_MODULES[name])
+    elif name in _NAMES:
+        value = getattr(importlib.import_module(_NAMES[name]), name)
+    else:
+        raise AttributeError(f"module 'interp_vlm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

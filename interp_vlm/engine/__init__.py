@@ -1,0 +1,1 @@
+"""The engine: interventions and captures on a running model, by nnsight."""

@@ -1,0 +1,195 @@
+"""The `full` plan: one nnsight trace of the whole model, visiting the sites in the order in which it computes them.
+
+It is the oracle against which every other plan is tested.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from nnsight import NNsight
+from torch import Tensor
+
+from interp_vlm.engine.access import Access, AttentionInputs
+from interp_vlm.engine.place import ResolvedPlace
+from interp_vlm.errors import InterventionError
+from interp_vlm.sites import SITES
+
+__all__ = ["LOCK", "Program", "Recording", "forward", "generate", "visit"]
+
+# nnsight's interleaver and Python's trace function belong to one run at a time.
+LOCK = threading.RLock()
+
+
+@dataclass
+class Program:
+    """What to do during one forward pass.
+
+    Attributes:
+        edits: interventions resolved in the batch, in the order in which they apply to the same cells.
+        captures: layers to record, by site.
+        attention: layers whose attention inputs are recorded, for rebuilding weights.
+        keep: reduces a captured value to what was asked for, by site.
+    """
+
+    edits: Sequence[ResolvedPlace] = ()
+    captures: Mapping[str, Iterable[int]] = field(default_factory=dict)
+    attention: frozenset[int] = frozenset()
+    keep: Callable[[str, Tensor], Tensor] = lambda site, value: value
+
+    def visits(self) -> list[tuple[tuple[int, int, int], str, int]]:
+        """The sites to stop at, in the model's own order, as (rank, site, layer)."""
+        stops = {(edit.site.name, layer) for edit in self.edits for layer in edit.layers}
+        stops |= {(site, layer) for site, layers in self.captures.items() for layer in layers}
+        stops |= {("pattern", layer) for layer in self.attention}
+        return sorted(((_rank(site, layer), site, layer) for site, layer in stops), key=lambda stop: stop[0])
+
+
+@dataclass
+class Recording:
+    """What one forward pass left behind.
+
+    Attributes:
+        logits: (batch, pos, vocab).
+        values: captured values by (site, layer).
+        attention: what each attention layer received and projected.
+    """
+
+    logits: Float[Tensor, "batch pos vocab"] | None = None
+    values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
+
+
+def _rank(site: str, layer: int) -> tuple[int, int, int]:
+    part = {"vision": 0, "projector": 1, "decoder": 2}[SITES[site].part]
+    return part, layer, SITES[site].order
+
+
+def forward(root: NNsight, access: Access, inputs: Mapping[str, Tensor], program: Program) -> Recording:
+    """Run the model once on the inputs, with the program's edits and captures.
+
+    Args:
+        root: the wrapped model.
+        access: its sites.
+        inputs: keyword arguments of the model's forward.
+        program: what to edit and record.
+    """
+    recording = Recording()
+    stops = program.visits()
+    with LOCK, torch.no_grad(), root.trace(**inputs):
+        _walk(access, program, stops, recording)
+        recording.logits = access.read_logits()
+    return recording
+
+
+def _walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]], recording: Recording) -> None:
+    edits: dict[tuple[str, int], list[ResolvedPlace]] = defaultdict(list)
+    for edit in program.edits:
+        for layer in edit.layers:
+            edits[edit.site.name, layer].append(edit)
+    for _, site, layer in stops:
+        if site == "pattern":
+            recording.attention[layer] = access.read_attention(layer)
+            continue
+        value = visit(access, site, layer, edits[site, layer])
+        if layer in program.captures.get(site, ()):
+            recording.values[site, layer] = program.keep(site, value)
+
+
+def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace]) -> Tensor:
+    """Read one site, make the edits in it, write it back, and return what the model goes on with."""
+    value = access.read(site, layer)
+    if not edits:
+        return value
+    for edit in edits:
+        value = edit.edit(value, layer)
+    access.write(site, layer, value)
+    return value
+
+
+def generate(
+    root: NNsight,
+    access: Access,
+    inputs: Mapping[str, Tensor],
+    edits: Sequence[ResolvedPlace],
+    steps: int,
+    call: Callable[..., Any],
+) -> Any:
+    """Generate tokens with interventions on the prompt, on generated tokens, or both.
+
+    Args:
+        root: the wrapped model.
+        access: its sites.
+        inputs: keyword arguments of `call`.
+        edits: resolved interventions; their `during` says on which steps they act.
+        steps: the most forward passes that generation makes.
+        call: the model's bound `generate`.
+
+    Returns:
+        What `call` returns.
+    """
+    returned: list[Any] = []
+
+    def capture(**kwargs: Any) -> Any:
+        returned.append(call(**kwargs))
+        return returned[-1]
+
+    programs = [_during(edits, step) for step in (0, 1)]
+    # The first pass is served without a loop; later ones only when something acts there.
+    last = steps if programs[1].edits else 1
+    with LOCK, torch.no_grad(), warnings.catch_warnings():
+        # Generation may end before the last step; that is no fault of the loop.
+        warnings.filterwarnings("ignore", message=".*was never reached.*")
+        with root.trace(**inputs, fn=capture) as tracer:
+            _generation_walk(access, programs, tracer, last)
+    return returned[0]
+
+
+def _generation_walk(access: Access, programs: Sequence[Program], tracer: Any, last: int) -> None:
+    stops = [program.visits() for program in programs]
+    for step in tracer.iter[0:last]:
+        which = min(step, 1)
+        if stops[which]:
+            _walk(access, programs[which], stops[which], Recording())
+
+
+def _during(edits: Sequence[ResolvedPlace], step: int) -> Program:
+    when = ("prompt", "both") if step == 0 else ("generated", "both")
+    acting = [edit for edit in edits if edit.intervention.during in when]
+    return Program(edits=acting if step == 0 else [_on_new_token(edit) for edit in acting])
+
+
+def _on_new_token(edit: ResolvedPlace) -> ResolvedPlace:
+    """The same intervention on the one row that a generation step computes."""
+    batch = len(edit.batch)
+    row = torch.ones(batch, 1, dtype=torch.bool, device=edit.selected.device)
+    return GeneratedPlace(edit.intervention, edit.batch, row, edit.keys, edit.layers, edit.n_heads, edit.clean_values)
+
+
+@dataclass(eq=False)
+class GeneratedPlace(ResolvedPlace):
+    """A place on a generated token; keys still name the prompt's positions."""
+
+    def edit(self, value: Tensor, layer: int) -> Tensor:
+        if self.keys is not None and self.keys.shape[1] < value.shape[-1]:
+            new = value.shape[-1] - self.keys.shape[1]
+            self.keys = torch.cat([self.keys, self.keys.new_zeros(len(self.keys), new)], dim=1)
+        elif self.keys is not None and self.keys.shape[1] > value.shape[-1]:
+            raise InterventionError(
+                f"layer {layer} keeps {value.shape[-1]} of {self.keys.shape[1]} keys while generating (a sliding window)",
+                expected="a layer with full attention",
+                remedy="restrict layers= to the layers with full attention, or use during='prompt'",
+            )
+        return super().edit(value, layer)
+
+
+def answer_rows(logits: Float[Tensor, "batch pos vocab"], last: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:
+    """The logits at each example's answer position."""
+    return logits[torch.arange(len(last), device=logits.device), last.to(logits.device)]

@@ -1,0 +1,271 @@
+"""Where an intervention acts in one batch: its selectors resolved, its rows found in the value of a site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from interp_vlm.errors import InterventionError, SelectionError
+from interp_vlm.interventions.base import CellIntervention, Intervention, indices
+from interp_vlm.interventions.knockout import AttentionKnockout
+from interp_vlm.models.anatomy import Anatomy
+from interp_vlm.sites import SITES, Site
+from interp_vlm.tokens.batch import Batch
+from interp_vlm.tokens.select import Selector
+from interp_vlm.tokens.token_map import TokenMap
+
+__all__ = ["Evidence", "ResolvedPlace", "Rows", "layers_of", "padded_positions", "resolve", "selected"]
+
+Evidence = Mapping[str, Tensor]  # (batch, pos) scores by name: what selectors such as `top` and `sinks` read
+
+
+@dataclass(eq=False)
+class ResolvedPlace:
+    """One intervention in one batch: what `interventions.base.Place` promises, and the key mask of a knockout.
+
+    Attributes:
+        selected: True at the positions acted on (a knockout's queries).
+        keys: True at a knockout's keys.
+        layers: the layers acted on.
+        n_heads: query heads of the model.
+        clean_values: values of the run without interventions by layer, where the intervention needs them.
+        rows: the rows of the site's value, once it was seen.
+        changed: cells or edges changed so far.
+    """
+
+    intervention: Intervention
+    batch: Batch
+    selected: Bool[Tensor, "batch pos"]
+    keys: Bool[Tensor, "batch pos"] | None
+    layers: tuple[int, ...]
+    n_heads: int
+    clean_values: dict[int, Tensor] = field(default_factory=dict)
+    rows: Rows | None = None
+    changed: int = 0
+
+    @property
+    def site(self) -> Site:
+        return self.intervention.where
+
+    @property
+    def tokens(self) -> Sequence[TokenMap]:
+        return self.batch.tokens
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        assert self.rows is not None, "the engine calls `edit`, which finds the rows first"
+        return self.rows.counts
+
+    @property
+    def tower_rows(self) -> Int[Tensor, " row"]:
+        assert self.rows is not None and self.site.part == "vision"
+        return self.rows.index[0]
+
+    def clean(self, layer: int, selected: Bool[Tensor, "batch pos"] | None = None) -> Shaped[Tensor, "row ..."]:
+        value = self.clean_values[layer]
+        return Rows.of(self.batch, self.site, self.selected if selected is None else selected, value).take(value)
+
+    def edit(self, value: Shaped[Tensor, "..."], layer: int) -> Shaped[Tensor, "..."]:
+        """The value of the site with this intervention made in it, and the number of cells that changed noted."""
+        if isinstance(self.intervention, AttentionKnockout):
+            assert self.keys is not None
+            new = self.intervention.block(value, self.selected, self.keys, self.n_heads)
+            removed = int((value & ~new).sum())
+            # One shared row of the mask stands for every head.
+            self.changed += removed * (self.n_heads if new.shape[1] == 1 else 1)
+            return new
+        assert isinstance(self.intervention, CellIntervention)
+        self.rows = Rows.of(self.batch, self.site, self.selected, value)
+        old = self.rows.take(value)
+        rows = self.intervention.rewrite(old, layer, self)
+        self.changed += int((rows != old).sum())
+        return self.rows.put(value, rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Selected positions as rows of a site's value, example after example.
+
+    Attributes:
+        index: indices into the value's first two axes, or (vision tower) into its rows laid end to end.
+        counts: number of rows of each example.
+    """
+
+    index: tuple[Int[Tensor, " row"], ...]
+    counts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, site: Site, selected: Bool[Tensor, "batch pos"], value: Shaped[Tensor, "..."]) -> Rows:
+        """The rows of `selected` in the value of a site.
+
+        Raises:
+            SelectionError: for positions that are no image tokens, at an image-side site.
+        """
+        if site.part != "decoder":
+            _refuse_text(batch, site, selected)
+        if site.part != "vision":
+            return cls(selected.nonzero(as_tuple=True), tuple(selected.sum(1).tolist()))
+        total = value.shape[:-1].numel()
+        per_example = [_vision_rows(batch, row, selected[row], total) for row in range(len(batch))]
+        return cls((torch.cat(per_example).to(value.device),), tuple(len(rows) for rows in per_example))
+
+    def take(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "row ..."]:
+        """The rows of a value."""
+        return value[self.index] if len(self.index) == 2 else _flat(value)[self.index[0].to(value.device)]
+
+    def put(self, value: Shaped[Tensor, "..."], rows: Shaped[Tensor, "row ..."]) -> Shaped[Tensor, "..."]:
+        """A copy of a value with the rows replaced."""
+        new = value.clone(memory_format=torch.contiguous_format)
+        if len(self.index) == 2:
+            new[self.index] = rows
+        else:
+            _flat(new)[self.index[0].to(value.device)] = rows
+        return new
+
+
+def _refuse_text(batch: Batch, site: Site, selected: Tensor) -> None:
+    for row, tokens in enumerate(batch.tokens):
+        if bool((selected[row].cpu() & (tokens.image_index < 0)).any()):
+            raise SelectionError(
+                f"site {site.name!r} has image tokens only, and the selection names text in example {row}",
+                expected="a selection within select.image",
+                remedy="use positions='image' or select.image & ...",
+            )
+
+
+def _vision_rows(batch: Batch, example: int, selected: Tensor, total: int) -> Int[Tensor, " row"]:
+    """The vision tower's rows that feed the selected image tokens; all rows of a picture selected whole."""
+    tokens = batch.tokens[example]
+    start, stop = batch.image_rows[example].get("pixel_values", (example, example + 1))
+    per_pixel_row, left = divmod(total, batch.inputs["pixel_values"].shape[0])
+    if left:
+        raise SelectionError(
+            f"the vision tower gives {total} rows for {batch.inputs['pixel_values'].shape[0]} entries of pixel_values",
+            expected="the same number for each",
+            remedy="edit 'projector_out' instead, or encode pictures that split into equally many tiles",
+        )
+    start, stop = start * per_pixel_row, stop * per_pixel_row
+    own = selected.cpu()[tokens.image_index >= 0]
+    if bool(own.all()):
+        return torch.arange(start, stop)
+    found = []
+    for number, grid in enumerate(tokens.grids):
+        chosen = selected.cpu()[tokens.picture_tokens(number)]
+        if grid.vision_rows is None:
+            raise SelectionError(
+                f"which rows of the vision tower feed a single token is not known for example {example}",
+                expected="a selection of whole pictures",
+                remedy="use positions='image', or edit 'projector_out' instead",
+            )
+        equal = all(other.n == grid.n for other in tokens.grids)
+        width = (stop - start) // len(tokens.grids) if equal else grid.vision_rows.size
+        fed = torch.from_numpy(grid.vision_rows)[chosen].flatten()
+        found.append(fed[fed >= 0] + start)  # -1: a separator, which no row feeds
+        start += width
+    return torch.cat(found).sort().values
+
+
+def _flat(value: Tensor) -> Tensor:
+    # (picture, patch, d) for most towers, (patch of all pictures, d) for Qwen's.
+    return value.flatten(0, 1) if value.dim() == 3 else value
+
+
+def layers_of(site: Site, spec: object, anatomy: Anatomy) -> tuple[int, ...]:
+    """A layer spec resolved against the part of the model in which a site lies.
+
+    Raises:
+        InterventionError: for a layer out of range, or a model without that part.
+    """
+    if not site.layered:
+        return (0,)
+    count = anatomy.n_vision_layers if site.part == "vision" else anatomy.n_layers
+    return indices(spec, count, "vision layer" if site.part == "vision" else "layer")  # type: ignore[arg-type]
+
+
+def selected(batch: Batch, selector: Selector, evidence: Evidence) -> Bool[Tensor, "batch pos"]:
+    """A selector resolved in every example of a batch, as a mask."""
+    mask = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.bool)
+    for row, tokens in enumerate(batch.tokens):
+        own = {name: scores[row].cpu() for name, scores in evidence.items()}
+        mask[row, selector.positions(tokens, own)] = True
+    return mask.to(batch.inputs["input_ids"].device)
+
+
+def padded_positions(mask: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+    """A mask as positions, padded with -1 to the longest example, and which of them are real."""
+    counts = mask.sum(1)
+    width = int(counts.max()) if len(counts) else 0
+    real = torch.arange(width, device=mask.device)[None] < counts[:, None]
+    positions = torch.full((len(mask), width), -1, device=mask.device)
+    positions[real] = mask.nonzero()[:, 1]
+    return positions, real
+
+
+def resolve(intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence: Evidence) -> ResolvedPlace:
+    """Find where an intervention acts in a batch, and refuse one that cannot reach the answer.
+
+    Args:
+        intervention: the value to resolve.
+        batch: the encoded examples.
+        anatomy: the model's facts.
+        evidence: scores per position for selectors that need them.
+
+    Raises:
+        InterventionError: for layers or heads out of range, a selection that is empty in some example, an edit that no later
+            computation carries to the answer position (unless `allow_empty`).
+    """
+    site = intervention.where
+    layers = layers_of(site, getattr(intervention, "layers", 0), anatomy)
+    heads = getattr(intervention, "heads", None)
+    if heads is not None:
+        indices(heads, anatomy.n_heads, "head")
+    if site.part != "decoder" and intervention.during != "prompt":
+        raise InterventionError(
+            f"{intervention!r} acts on generated tokens, which have no picture", expected="during='prompt'"
+        )
+    masks = [selected(batch, selector, evidence) for selector in intervention.selectors]
+    if not intervention.allow_empty:
+        for selector, mask in zip(intervention.selectors, masks, strict=True):
+            _refuse_empty(intervention, selector, mask, batch)
+        _refuse_unreachable(intervention, site, layers, masks[0], batch, anatomy)
+    keys = masks[1] if len(masks) > 1 else None
+    return ResolvedPlace(intervention, batch, masks[0], keys, layers, anatomy.n_heads)
+
+
+def _refuse_empty(intervention: Intervention, selector: Selector, mask: Tensor, batch: Batch) -> None:
+    empty = (~mask.any(1)).nonzero().flatten().tolist()
+    if empty:
+        raise InterventionError(
+            f"{selector} selects nothing in example {empty[0]} ({batch.questions[empty[0]]!r}) for {intervention!r}",
+            expected="at least one position in every example",
+            remedy="change the selection, or pass allow_empty=True to leave such examples as they are",
+        )
+
+
+def _refuse_unreachable(
+    intervention: Intervention, site: Site, layers: tuple[int, ...], rows: Tensor, batch: Batch, anatomy: Anatomy
+) -> None:
+    remedy = "choose an earlier layer, or pass allow_empty=True"
+    if site.part == "vision":
+        if min(layers) > anatomy.vision_read:
+            raise InterventionError(
+                f"{intervention!r} edits vision layer {min(layers)}, which the projector does not read",
+                expected=f"a layer up to {anatomy.vision_read}",
+                remedy=remedy,
+            )
+        return
+    if intervention.during != "prompt" or site.part != "decoder":
+        return
+    at_answer = rows[torch.arange(len(batch), device=rows.device), batch.last.to(rows.device)]
+    # From the last layer's attention on, nothing moves between positions any more.
+    past_attention = site.order > SITES["resid_pre"].order
+    if min(layers) == anatomy.n_layers - 1 and past_attention and not bool(at_answer.all()):
+        raise InterventionError(
+            f"{intervention!r} edits only the last layer's {site.name} away from the answer position, which nothing reads",
+            expected="a selection with the last position, or an earlier layer",
+            remedy=remedy,
+        )

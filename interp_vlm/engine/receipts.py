@@ -1,0 +1,151 @@
+"""Receipts: for every intervention, proof that it did what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interp_vlm.engine.access import Access, AttentionInputs
+from interp_vlm.engine.attention import mix, rebuild
+from interp_vlm.engine.full import Program, Recording
+from interp_vlm.engine.place import ResolvedPlace, padded_positions
+from interp_vlm.errors import InterventionError
+from interp_vlm.interventions.base import indices
+from interp_vlm.interventions.knockout import AttentionKnockout
+
+__all__ = ["Receipt", "issue", "program", "refuse_without_effect"]
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What one intervention changed in one run.
+
+    Attributes:
+        intervention: its text.
+        site, layers: where it acted.
+        changed: attention edges removed (counted per head and layer), or values that are different now.
+        unit: "edges" or "values".
+        mass_left: attention weight left on blocked edges, the largest over rows, heads and layers; must be 0. None where no
+            attention was blocked.
+        unexplained: how far the heads' output at the blocked rows is from what the rebuilt weights make of the values,
+            relative to its largest entry: evidence that attention really used the edited mask. None where not measured.
+        logit_change: largest change of a logit at the answer position, of all interventions of the run together.
+        plan: the engine's plan.
+        dtype: the model's dtype.
+    """
+
+    intervention: str
+    site: str
+    layers: tuple[int, ...]
+    changed: int
+    unit: str
+    mass_left: float | None
+    unexplained: float | None
+    logit_change: float
+    plan: str
+    dtype: str
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{key}</th><td>{escape(str(value))}</td></tr>"
+            for key, value in asdict(self).items()
+        )
+        return f"<table>{rows}</table>"
+
+    def __str__(self) -> str:
+        proof = "" if self.mass_left is None else f", {self.mass_left:.1e} attention left on them"
+        return (
+            f"{self.intervention}: {self.changed} {self.unit} changed in layers {list(self.layers)}{proof}, "
+            f"logits moved by up to {self.logit_change:.3g} ({self.plan}, {self.dtype})"
+        )
+
+
+def refuse_without_effect(edits: Sequence[ResolvedPlace]) -> None:
+    """Refuse a knockout that found every edge blocked already (the future, in a causal model).
+
+    Raises:
+        InterventionError: unless the intervention allows it.
+    """
+    for edit in edits:
+        blocked_nothing = isinstance(edit.intervention, AttentionKnockout) and edit.changed == 0
+        if blocked_nothing and not edit.intervention.allow_empty and edit.intervention.during == "prompt":
+            raise InterventionError(
+                f"{edit.intervention!r} blocks no edge: the model attends none of them anyway",
+                expected="queries that come after their keys, where attention is causal",
+                remedy="swap queries and keys, or pass allow_empty=True",
+            )
+
+
+def program(edits: Sequence[ResolvedPlace]) -> Program:
+    """The forward pass that makes the edits and records what their receipts need."""
+    blocked = {layer for edit in edits if isinstance(edit.intervention, AttentionKnockout) for layer in edit.layers}
+    edited = {layer for edit in edits if edit.site.name == "z" for layer in edit.layers}
+    return Program(edits=edits, captures={"z": blocked - edited}, attention=frozenset(blocked))
+
+
+def issue(
+    edits: Sequence[ResolvedPlace],
+    recording: Recording,
+    access: Access,
+    logit_change: float,
+    plan: str,
+) -> tuple[Receipt, ...]:
+    """Write the receipts of one run, in the order of its interventions."""
+    assert recording.logits is not None
+    receipts = []
+    for edit in edits:
+        mass, unexplained = None, None
+        if isinstance(edit.intervention, AttentionKnockout):
+            found = [_blocked_mass(edit, layer, recording, access) for layer in edit.layers]
+            mass, unexplained = max(pair[0] for pair in found), max(pair[1] for pair in found)
+        receipts.append(
+            Receipt(
+                intervention=repr(edit.intervention),
+                site=edit.site.name,
+                layers=edit.layers,
+                changed=edit.changed,
+                unit="edges" if mass is not None else "values",
+                mass_left=mass,
+                unexplained=unexplained,
+                logit_change=logit_change,
+                plan=plan,
+                dtype=str(recording.logits.dtype).removeprefix("torch."),
+            )
+        )
+    return tuple(receipts)
+
+
+def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access: Access) -> tuple[float, float]:
+    knockout, inputs = edit.intervention, recording.attention[layer]
+    assert isinstance(knockout, AttentionKnockout) and edit.keys is not None
+    rows, real = padded_positions(edit.selected)
+    if rows.shape[1] == 0:
+        return 0.0, 0.0
+    rows = rows.clamp(min=0)
+    module: nn.Module = access.inside(layer, access.anatomy.attn)._module
+    weights: Float[Tensor, "batch head row key"] = rebuild(module, access.anatomy, inputs, rows)
+    weights = weights.masked_fill(~real[:, None, :, None], 0)
+    heads = torch.ones(access.anatomy.n_heads, dtype=torch.bool, device=weights.device)
+    if knockout.heads is not None:
+        heads[:] = False
+        heads[list(indices(knockout.heads, access.anatomy.n_heads, "head"))] = True
+    blocked = edit.keys[:, None, None, :] & heads[None, :, None, None]
+    mass = float((weights * blocked).sum(-1).max())
+    return mass, _unexplained(weights, inputs, recording.values.get(("z", layer)), rows, real, access)
+
+
+def _unexplained(
+    weights: Tensor, inputs: AttentionInputs, z: Tensor | None, rows: Tensor, real: Tensor, access: Access
+) -> float:
+    if z is None:  # another intervention edits z here, so that it is no longer what attention made
+        return 0.0
+    example = torch.arange(len(rows), device=rows.device)[:, None]
+    seen = z[example, rows]
+    gap = (mix(weights, inputs.v, access.anatomy) - seen).abs().masked_fill(~real[:, :, None, None], 0)
+    return float(gap.max() / seen.abs().max().clamp(min=1e-30))

@@ -1,0 +1,1 @@
+"""The four interventions, as plain values, and ways to vary them."""

@@ -1,0 +1,258 @@
+"""What every intervention is: a frozen value that says where to act and what to put there.
+
+An intervention knows sites, layers, positions, heads and units; it never knows a model family. The engine resolves its
+selectors, hands it the selected rows of one site at one layer, and writes back what it returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from interp_vlm.errors import InterventionError
+from interp_vlm.sites import Site, site
+from interp_vlm.tokens import select
+from interp_vlm.tokens.select import Selector
+from interp_vlm.tokens.token_map import TokenMap
+
+if TYPE_CHECKING:
+    from interp_vlm.vlm import VLM
+
+__all__ = ["CellIntervention", "Intervention", "Place", "indices"]
+
+Indices = int | Iterable[int] | Literal["all"]
+When = Literal["prompt", "generated", "both"]
+
+# Fields without which a repr would not say what an intervention does.
+_ALWAYS = ("site", "queries", "keys", "layers", "to")
+
+
+class Place(Protocol):
+    """What the engine tells an intervention about the place where it acts."""
+
+    tokens: Sequence[TokenMap]
+    selected: Bool[Tensor, "batch pos"]
+    layers: tuple[int, ...]
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Number of selected rows of each example, in the order of the rows."""
+        ...
+
+    @property
+    def tower_rows(self) -> Int[Tensor, " row"]:
+        """At `vision_post`: the selected rows among all rows of the vision tower, laid end to end."""
+        ...
+
+    def clean(self, layer: int, selected: Bool[Tensor, "batch pos"] | None = None) -> Shaped[Tensor, "row ..."]:
+        """The same rows (or other ones) of the run without interventions."""
+        ...
+
+
+def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
+    """Turn an int, a range, a list or "all" into sorted, non-negative indices.
+
+    Args:
+        spec: the indices asked for; negative ones count from the end.
+        count: how many there are.
+        what: what is being indexed, for the error ("layer", "head").
+
+    Raises:
+        InterventionError: for an index out of range, a repeated one, an empty list or another type.
+
+    Example:
+        >>> indices([0, -1], 4, "layer")
+        (0, 3)
+    """
+    if isinstance(spec, str):
+        if spec == "all":
+            return tuple(range(count))
+        raise InterventionError(f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'")
+    try:
+        wanted = [int(spec)] if isinstance(spec, int) else [int(index) for index in spec]
+    except (TypeError, ValueError):
+        raise InterventionError(
+            f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'", remedy=f"name {what}s by number"
+        ) from None
+    found = [index + count if index < 0 else index for index in wanted]
+    for asked, index in zip(wanted, found, strict=True):
+        if not 0 <= index < count:
+            raise InterventionError(
+                f"{what} {asked} does not exist",
+                expected=f"0 to {count - 1} (or {-count} to -1)",
+                remedy=f"this model has {count} {what}s",
+            )
+    if not found:
+        raise InterventionError(
+            f"no {what} is named", expected=f"at least one {what}", remedy=f"give {what}s='all' for every {what}"
+        )
+    if len(set(found)) < len(found):
+        raise InterventionError(f"{what}s={spec!r} names one twice", expected="each at most once")
+    return tuple(sorted(found))
+
+
+def fingerprint(value: Any) -> Any:
+    """A hashable stand-in for a field, so that interventions that hold tensors still compare as values."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous()
+        return (
+            tuple(data.shape),
+            str(data.dtype),
+            hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest(),
+        )
+    if isinstance(value, Mapping):
+        return tuple((key, fingerprint(item)) for key, item in value.items())
+    if isinstance(value, list | tuple | range):
+        return tuple(fingerprint(item) for item in value)
+    return value
+
+
+def brief(value: Any) -> str:
+    """One field in a repr: tensors by shape, ranges and lists as they are."""
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    return str(value) if isinstance(value, Selector) else repr(value)
+
+
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class Intervention:
+    """Base of the four interventions: a value that can be compared, hashed, varied and shown.
+
+    Attributes:
+        during: act on the prompt's tokens ("prompt"), on generated ones ("generated"), or on "both".
+        allow_empty: accept an intervention that cannot have an effect instead of raising.
+    """
+
+    during: When = "prompt"
+    allow_empty: bool = False
+
+    def __post_init__(self) -> None:
+        if self.during not in ("prompt", "generated", "both"):
+            raise InterventionError(f"during={self.during!r}", expected="'prompt', 'generated' or 'both'")
+
+    @property
+    def where(self) -> Site:
+        """The row of the site table where this intervention acts."""
+        raise NotImplementedError
+
+    @property
+    def selectors(self) -> tuple[Selector, ...]:
+        """Every selector that has to be resolved before this intervention can act."""
+        raise NotImplementedError
+
+    def apply(self, vlm: VLM) -> None:
+        """Act inside a native `with vlm.trace(batch):` block, at this point of the forward pass.
+
+        Means and donors are then taken from the live values, since no run without interventions exists.
+        Interventions must be applied in the model's own order, as nnsight asks of every access.
+
+        Raises:
+            InterventionError: outside a trace, or for a selector that needs evidence of an earlier run.
+        """
+        vlm._apply_live(self)
+
+    def _fields(self) -> dict[str, Any]:
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and fingerprint(self._fields()) == fingerprint(other._fields())  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, fingerprint({k: str(v) for k, v in self._fields().items()})))
+
+    def __repr__(self) -> str:
+        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        shown = [
+            f"{name}={brief(value)}"
+            for name, value in self._fields().items()
+            if name in _ALWAYS or isinstance(value, Tensor) or defaults.get(name) is not value
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class CellIntervention(Intervention):
+    """An intervention on cells of a site: chosen positions, and there chosen heads or units.
+
+    Attributes:
+        site: a name of the site table.
+        layers: an int, a range, a list or "all"; ignored for `projector_out`.
+        positions: a role, a selector or positions; by default every position that the site has.
+        heads: heads to act on, at sites with a head axis.
+        units: indices of the last axis to act on (neurons at `mlp_post`, dimensions of the residual stream elsewhere).
+    """
+
+    site: str = "resid_post"
+    layers: Indices = "all"
+    positions: Any = "all"
+    heads: Indices | None = None
+    units: Indices | None = None
+    _selector: Selector = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        row = site(self.site)
+        if not row.editable or row.name == "attn_mask":
+            remedy = "use AttentionKnockout to block edges" if row.name in ("attn_mask", "pattern") else ""
+            raise InterventionError(
+                f"{type(self).__name__} cannot write to {row.name!r}", expected="a site of activations", remedy=remedy
+            )
+        if self.heads is not None and not row.per_head:
+            raise InterventionError(
+                f"heads={self.heads!r} at site {row.name!r}, which has no head axis",
+                expected="site 'z'",
+                remedy="drop heads= or use site='z'",
+            )
+        positions = self.positions
+        if row.part != "decoder" and isinstance(positions, str) and positions == "all":
+            positions = "image"
+        object.__setattr__(self, "_selector", select.of(positions))
+
+    @property
+    def where(self) -> Site:
+        return site(self.site)
+
+    @property
+    def selectors(self) -> tuple[Selector, ...]:
+        return (self._selector,)
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether the replacement is computed from the run without interventions."""
+        return False
+
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+        """What to put in the place of the selected rows (all heads and units; `rewrite` keeps the others)."""
+        raise NotImplementedError
+
+    def rewrite(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+        """The selected rows with the chosen heads and units replaced, everything else untouched."""
+        new = self.replacement(rows, layer, place).to(dtype=rows.dtype, device=rows.device).expand_as(rows)
+        cells = self.cells(rows)
+        return new if cells is None else torch.where(cells, new, rows)
+
+    def cells(self, rows: Shaped[Tensor, "row ..."]) -> Bool[Tensor, "..."] | None:
+        """Which cells of a row are acted on, or None for all of them."""
+        if self.heads is None and self.units is None:
+            return None
+        shape = rows.shape[1:]
+        chosen = torch.ones(shape, dtype=torch.bool, device=rows.device)
+        if self.units is not None:
+            unit_mask = torch.zeros(shape[-1], dtype=torch.bool, device=rows.device)
+            unit_mask[list(indices(self.units, shape[-1], "unit"))] = True
+            chosen &= unit_mask
+        if self.heads is not None:
+            head_mask = torch.zeros(shape[0], dtype=torch.bool, device=rows.device)
+            head_mask[list(indices(self.heads, shape[0], "head"))] = True
+            chosen &= head_mask[:, None]
+        return chosen
+
+    def _fields(self) -> dict[str, Any]:
+        return {name: value for name, value in super()._fields().items() if name != "_selector"}

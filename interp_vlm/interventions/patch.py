@@ -1,0 +1,95 @@
+"""Activation patching: put activations of another run in the place of this run's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from interp_vlm.errors import InterventionError
+from interp_vlm.interventions.base import CellIntervention, Indices, Place
+from interp_vlm.interventions.cache import Cache
+from interp_vlm.tokens import select
+
+__all__ = ["ActivationPatch"]
+
+
+@dataclass(frozen=True, repr=False, eq=False, init=False)
+class ActivationPatch(CellIntervention):
+    """Replace the chosen cells by those of another run (clean into corrupt, or corrupt into clean).
+
+    Example i of the batch receives from example i of the source, position by position in order; the source needs as many
+    positions as are patched.
+
+    Attributes:
+        source: the `Cache` of the other run, which holds the site, the layers and the positions.
+        source_positions: where to read in the source; by default the same selector as `positions`.
+
+    Errors:
+        InterventionError when the source lacks the site, a layer or a position, or pairs up with another number of positions.
+
+    Source:
+        Meng et al., "Locating and Editing Factual Associations in GPT", 2022, section 2; for paired pictures instead of noise:
+        Golovanevsky et al., "What Do VLMs NOTICE?", 2024.
+
+    Example:
+        >>> ActivationPatch("resid_post", layers=[12], positions="image", source=cache)  # doctest: +SKIP
+    """
+
+    source: Cache
+    source_positions: Any = None
+
+    def __init__(
+        self,
+        site: str,
+        layers: Indices = "all",
+        positions: Any = "all",
+        heads: Indices | None = None,
+        units: Indices | None = None,
+        *,
+        source: Cache,
+        source_positions: Any = None,
+        **common: Any,
+    ) -> None:
+        if not isinstance(source, Cache):
+            raise InterventionError(
+                f"source is a {type(source).__name__}",
+                expected="a Cache",
+                remedy="capture the other run: vlm.capture(batch, sites=[...])",
+            )
+        object.__setattr__(self, "source", source)
+        object.__setattr__(self, "source_positions", source_positions)
+        super().__init__(site, layers, positions, heads, units, **common)
+        source[site]
+
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+        if self.where.part == "vision":
+            return self._tower_rows(rows, layer, place)
+        selector = self._selector if self.source_positions is None else select.of(self.source_positions)
+        donated, counts = self.source.rows(self.site, layer, selector)
+        if counts != place.counts:
+            raise InterventionError(
+                f"the source gives {list(counts)} positions for the examples of the batch",
+                expected=f"{list(place.counts)}",
+                remedy="pair examples whose selections have equal length, or name source_positions=",
+            )
+        if donated.shape[1:] != rows.shape[1:]:
+            raise InterventionError(
+                f"the source's rows have shape {tuple(donated.shape[1:])}",
+                expected=f"{tuple(rows.shape[1:])}",
+                remedy="capture the source with the model that is patched",
+            )
+        return donated.to(device=rows.device, dtype=rows.dtype)
+
+    def _tower_rows(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+        """The vision tower's rows have no text positions: row i of the source goes to row i."""
+        donated = self.source.layer(self.site, layer).flatten(0, 1).to(rows.device)
+        index = place.tower_rows
+        if self.source_positions is not None or int(index.max()) >= len(donated):
+            raise InterventionError(
+                f"the source has {len(donated)} rows of the vision tower, and row {int(index.max())} is patched",
+                expected="a source batch with pictures of the same sizes in the same order, and no source_positions",
+            )
+        return donated[index]

@@ -1,0 +1,451 @@
+"""The front door: a Hugging Face vision-language model, its processor and its anatomy, ready for interventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from nnsight import NNsight
+from nnsight.intervention.tracer import InterleavingTracer
+from torch import Tensor, nn
+
+from interp_vlm.engine.full import LOCK, visit
+from interp_vlm.engine.place import resolve, selected
+from interp_vlm.engine.plan import Plan, plan
+from interp_vlm.engine.receipts import Receipt
+from interp_vlm.engine.runner import Engine, Outcome
+from interp_vlm.engine.sweep import Context, Sweep, grouped
+from interp_vlm.errors import InterventionError
+from interp_vlm.interventions.base import CellIntervention, Intervention
+from interp_vlm.interventions.cache import Cache
+from interp_vlm.models import loading
+from interp_vlm.models.anatomy import Anatomy, describe
+from interp_vlm.models.encode import encode
+from interp_vlm.models.registry import family_for
+from interp_vlm.readouts.answers import Answer, Metric, logit_difference, read_answers
+from interp_vlm.sites import SITES
+from interp_vlm.sites import site as site_named
+from interp_vlm.tokens import select
+from interp_vlm.tokens.batch import Batch
+
+__all__ = ["VLM", "Generation", "Run", "load", "reference_mean", "sweep"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of a batch.
+
+    Attributes:
+        logits: at each example's answer position, the last prompt token.
+        answers: text of the most probable answer, with `.scores`.
+        receipts: one per intervention, in their order.
+        clean_logits: the same without interventions.
+        plan: how the engine ran it.
+    """
+
+    logits: Float[Tensor, "batch vocab"]
+    answers: tuple[Answer, ...]
+    receipts: tuple[Receipt, ...]
+    clean_logits: Float[Tensor, "batch vocab"]
+    plan: Plan
+
+    def __repr__(self) -> str:
+        answers = ", ".join(repr(str(answer)) for answer in self.answers[:6]) + (
+            ", ..." if len(self.answers) > 6 else ""
+        )
+        lines = "".join(f"\n  {receipt}" for receipt in self.receipts)
+        return f"Run({len(self.answers)} answers: {answers}){lines}"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        answers = "".join(f"<td style='padding:2px 8px'>{escape(str(answer))}</td>" for answer in self.answers[:12])
+        receipts = "".join(f"<li>{escape(str(receipt))}</li>" for receipt in self.receipts)
+        more = f"<td>... {len(self.answers)} in all</td>" if len(self.answers) > 12 else ""
+        return f"<table><tr><th>answers</th>{answers}{more}</tr></table><ul>{receipts}</ul>"
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """Generated continuations.
+
+    Attributes:
+        texts: decoded, special tokens left out.
+        ids: the generated token ids, without the prompt.
+    """
+
+    texts: tuple[str, ...]
+    ids: Int[Tensor, "batch step"]
+
+
+class VLM:
+    """A Hugging Face vision-language model with its processor, wrapped by nnsight.
+
+    Args:
+        model: an image-text model of a registered architecture; it is not copied and never changed.
+        processor: its processor.
+        name: how results call it; by default the name it was loaded by.
+
+    Raises:
+        ModelError: for an architecture that is not in the table.
+
+    Example:
+        >>> import interp_vlm as iv
+        >>> vlm = iv.load("testbed:llava")
+        >>> vlm.anatomy.n_layers
+        4
+    """
+
+    def __init__(self, model: nn.Module, processor: Any, name: str | None = None) -> None:
+        self.model, self.processor = model, processor
+        self.name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        self.anatomy: Anatomy = describe(model)
+        self.nnsight = NNsight(model)
+        self._engine = Engine(self.nnsight, self.anatomy, self.name)
+        self._traced: list[Batch] = []
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def encode(self, images: Any, questions: str | Sequence[str], *, padding: str = "left") -> Batch:
+        """Turn pictures and questions into a batch, through the family's own prompt template.
+
+        Args:
+            images: one picture or path, one per question, or a list of pictures for each question.
+            questions: one question or several; a single picture serves several questions.
+            padding: "left" or "right".
+
+        Raises:
+            DataError: for numbers that do not match, or a picture that cannot be read.
+        """
+        batch = encode(
+            self.model.config, family_for(type(self.model).__name__), self.processor, images, questions, padding=padding
+        )
+        return batch.to(self.device, self.dtype)
+
+    def run(
+        self,
+        batch: Batch,
+        interventions: Intervention | Sequence[Intervention] = (),
+        *,
+        choices: Sequence[str] | None = None,
+        engine: str = "auto",
+    ) -> Run:
+        """Run a batch with interventions and read the answers.
+
+        Args:
+            batch: encoded examples.
+            interventions: applied in the model's own order; two edits of the same cells in the order of the list.
+            choices: closed answers to choose between, for example ("yes", "no"); by default the whole vocabulary.
+            engine: "auto" or "full".
+
+        Raises:
+            InterventionError: for an intervention out of range, or one that cannot have an effect.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> vlm = iv.load("testbed:llava")
+            >>> example = iv.data.digit_scenes(n=1)[0]
+            >>> batch = vlm.encode(example.image, example.question)
+            >>> run = vlm.run(batch, iv.AttentionKnockout(queries="text", keys="image"))
+            >>> run.receipts[0].mass_left
+            0.0
+        """
+        outcome = self._engine.run(batch, _listed(interventions), engine)
+        return self._read(outcome, batch, choices)
+
+    def _read(self, outcome: Outcome, batch: Batch, choices: Sequence[str] | None) -> Run:
+        answers = read_answers(outcome.logits, self.tokenizer, prompts=batch.prompts, choices=choices)
+        return Run(outcome.logits, tuple(answers), outcome.receipts, outcome.clean_logits, outcome.plan)
+
+    def capture(
+        self,
+        batch: Batch,
+        sites: Sequence[str] | str,
+        positions: Any = "all",
+        layers: Any = "all",
+        interventions: Intervention | Sequence[Intervention] = (),
+    ) -> Cache:
+        """Record activations of a run.
+
+        Args:
+            batch: encoded examples.
+            sites: names of the site table; for `pattern` and `attn_mask` the positions are query rows.
+            positions: a role, a selector or positions.
+            layers: an int, a range, a list or "all".
+            interventions: made in the same run; captured values are those after the edits.
+
+        Returns:
+            A cache with (batch, layer, pos, ...) per site, padded where examples select different numbers of positions.
+        """
+        names = [sites] if isinstance(sites, str) else list(sites)
+        return self._engine.capture(batch, names, positions, layers, _listed(interventions))
+
+    def generate(
+        self,
+        batch: Batch,
+        interventions: Intervention | Sequence[Intervention] = (),
+        *,
+        max_new_tokens: int = 16,
+        **options: Any,
+    ) -> Generation:
+        """Generate text, with interventions on the prompt or (their `during`) on generated tokens.
+
+        On a generated token an intervention acts on the token being computed, whatever its positions or queries; a
+        knockout's keys still name the prompt's positions.
+
+        Args:
+            batch: encoded examples, padded on the left.
+            interventions: see `run`.
+            max_new_tokens: the most tokens to generate.
+            options: passed to Hugging Face's `generate` (`do_sample`, `temperature`, ...).
+
+        Raises:
+            InterventionError: for a right-padded batch of mixed lengths, after which generation would continue padding.
+        """
+        if batch.padding == "right" and not bool(batch.inputs["attention_mask"].all()):
+            raise InterventionError(
+                "the batch is padded on the right",
+                expected="padding on the left to generate",
+                remedy="encode with padding='left'",
+            )
+        ids = self._engine.generate(batch, _listed(interventions), max_new_tokens, **{"do_sample": False, **options})
+        return Generation(tuple(self.tokenizer.batch_decode(ids, skip_special_tokens=True)), ids)
+
+    def sweep(
+        self,
+        batches: Batch | Sequence[Batch],
+        many: Sequence[Intervention | Sequence[Intervention]],
+        metric: Metric = logit_difference,
+        *,
+        engine: str = "auto",
+        progress: Callable[[int], None] | None = None,
+    ) -> Sweep:
+        """Run many interventions on the same examples; see `interp_vlm.sweep`."""
+        groups = grouped(many)
+        batches = [batches] if isinstance(batches, Batch) else list(batches)
+        values, baselines = [], []
+        receipts: list[list[Receipt]] = [[] for _ in groups]
+        for batch in batches:
+            clean = self._engine.clean(batch).logits
+            context = Context(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)
+            baselines.append(metric(clean, context))
+            column = []
+            for number, group in enumerate(groups):
+                outcome = self._engine.run(batch, group, engine)
+                receipts[number].extend(outcome.receipts)
+                column.append(metric(outcome.logits, context))
+                if progress is not None:
+                    progress(len(batch))
+            values.append(torch.stack(column) if column else clean.new_empty(0, len(batch)))
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return Sweep(groups, torch.cat(values, dim=1), torch.cat(baselines), name, tuple(map(tuple, receipts)))
+
+    def plan(self, batch: Batch, interventions: Intervention | Sequence[Intervention], engine: str = "auto") -> Plan:
+        """How the engine would run these interventions; `plan(...).explain()` says it in words."""
+        return plan(batch, _listed(interventions), self.anatomy.n_layers, engine)
+
+    def positions(self, batch: Batch, selector: Any) -> list[Int[Tensor, " found"]]:
+        """The positions that a selector names in each example, measured on the clean run where it needs evidence."""
+        wanted = select.of(selector)
+        evidence = self._engine.clean(batch, wanted.needs).evidence if wanted.needs else {}
+        return [row.nonzero().flatten() for row in selected(batch, wanted, evidence)]
+
+    def trace(self, batch: Batch, **options: Any) -> InterleavingTracer:
+        """A real nnsight trace of the model on a batch, for everything that the vocabulary does not say.
+
+        Inside the block, `vlm.site(name, layer)` reads a site and `intervention.apply(vlm)` edits one, in the model's own
+        order, next to any nnsight code on `vlm.nnsight`.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> vlm = iv.load("testbed:llava")
+            >>> example = iv.data.digit_scenes(n=1)[0]
+            >>> batch = vlm.encode(example.image, example.question)
+            >>> with vlm.trace(batch):  # doctest: +SKIP
+            ...     hidden = vlm.site("resid_post", 1).save()
+        """
+        tracer = self.nnsight.trace(**batch.inputs, tracer_cls=_Tracer, **options)
+        assert isinstance(tracer, _Tracer)
+        tracer.vlm, tracer.batch = self, batch
+        return tracer
+
+    def site(self, name: str, layer: int = 0) -> Tensor:
+        """The live value of a site inside a `vlm.trace` block, (batch, pos, ...); masks as True = may attend."""
+        row = site_named(name)
+        if name == "pattern":
+            raise InterventionError(
+                "'pattern' is rebuilt after a run",
+                expected="another site in a trace",
+                remedy="vlm.capture(batch, sites=['pattern'])",
+            )
+        if not self._traced:
+            raise InterventionError(
+                f"site {name!r} outside a trace",
+                expected="a `with vlm.trace(batch):` block",
+                remedy="or use vlm.capture",
+            )
+        count = {"decoder": self.anatomy.n_layers, "vision": self.anatomy.n_vision_layers, "projector": 1}[row.part]
+        if not -count <= layer < count:
+            raise InterventionError(f"layer {layer} does not exist", expected=f"{-count} to {count - 1}")
+        return self._engine.access.read(name, layer % count)
+
+    def _apply_live(self, intervention: Intervention) -> None:
+        if not self._traced:
+            raise InterventionError(
+                f"{intervention!r}.apply outside a trace",
+                expected="a `with vlm.trace(batch):` block",
+                remedy="or use vlm.run",
+            )
+        batch = self._traced[-1]
+        needs = {name for selector in intervention.selectors for name in selector.needs}
+        known = self._engine._clean.get(batch)
+        evidence = known.evidence if known else {}
+        missing = sorted(needs - set(evidence))
+        if missing:
+            raise InterventionError(
+                f"{intervention!r} selects by {', '.join(missing)}, which is measured on the run without interventions",
+                expected="a selection that is resolved before the trace",
+                remedy="call vlm.positions(batch, selector) before the block",
+            )
+        place = resolve(intervention, batch, self.anatomy, evidence)
+        for layer in place.layers:
+            if isinstance(intervention, CellIntervention) and intervention.needs_clean:
+                place.clean_values[layer] = self._engine.access.read(place.site.name, layer)
+            visit(self._engine.access, place.site.name, layer, [place])
+
+    def __repr__(self) -> str:
+        a = self.anatomy
+        return (
+            f"VLM({self.name!r}: {a.architecture}, {a.n_layers} layers, {a.n_heads} heads ({a.n_kv_heads} key-value), "
+            f"width {a.d_model}, {self.dtype} on {self.device})".replace("torch.", "")
+        )
+
+    def _repr_html_(self) -> str:
+        from dataclasses import asdict
+        from html import escape
+
+        facts = "".join(
+            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(str(value))}</td></tr>"
+            for name, value in asdict(self.anatomy).items()
+        )
+        sites = "".join(
+            f"<tr><th style='text-align:left'>{row.name}</th><td>{' x '.join(row.axes)}</td><td style='text-align:left'>{row.where}</td></tr>"
+            for row in SITES.values()
+        )
+        return (
+            f"<p><b>{escape(repr(self))}</b></p><details><summary>anatomy</summary><table>{facts}</table></details>"
+            f"<details><summary>sites</summary><table>{sites}</table></details>"
+        )
+
+
+class _Tracer(InterleavingTracer):
+    """A trace that holds the lock while its block runs, and tells the model which batch is running."""
+
+    vlm: VLM
+    batch: Batch
+
+    def execute(self, code: Any) -> None:
+        with LOCK:
+            self.vlm._traced.append(self.batch)
+            try:
+                super().execute(code)
+            finally:
+                self.vlm._traced.pop()
+
+
+def load(name_or_path: str, **options: Any) -> VLM:
+    """Load a model by hub id, local folder or scheme ("testbed:llava").
+
+    Args:
+        name_or_path: what to load.
+        options: `revision`, `dtype`, `device_map`, `attn_implementation` ("sdpa"), `trust_remote_code` (False).
+
+    Raises:
+        ModelError: when it is not there, is no image-text model, or its architecture is not in the table.
+
+    Example:
+        >>> import interp_vlm as iv
+        >>> iv.load("testbed:paligemma").anatomy.prefix
+        'bidirectional'
+    """
+    model, processor = loading.load(name_or_path, **options)
+    return VLM(model, processor, name=name_or_path)
+
+
+def sweep(
+    vlm: VLM,
+    batches: Batch | Sequence[Batch],
+    many: Sequence[Intervention | Sequence[Intervention]],
+    metric: Metric = logit_difference,
+    **options: Any,
+) -> Sweep:
+    """Run many interventions on the same examples and read one number of each.
+
+    Args:
+        vlm: the model.
+        batches: one batch, or several whose examples are laid end to end.
+        many: interventions, or lists of interventions to run together (`iv.vary` makes them).
+        metric: `metric(logits, context) -> (batch,)`, for example `iv.logit_difference`.
+        options: `engine`, and `progress`, called with the number of examples done.
+
+    Returns:
+        A `Sweep` with `.values` (intervention, example), `.frame()` and `.plot()`.
+    """
+    return vlm.sweep(batches, many, metric, **options)
+
+
+def reference_mean(
+    vlm: VLM, batches: Batch | Sequence[Batch], site: str, layers: Any = "all", positions: Any = "all"
+) -> Float[Tensor, "layer ..."]:
+    """The mean activation of a site over reference examples, one row per layer, for `Ablation(..., to=mean)`.
+
+    Args:
+        vlm: the model.
+        batches: reference examples (other ones than those that are ablated).
+        site, layers, positions: where; the mean is over every selected position of every example.
+
+    Returns:
+        (layer, ...) in the model's dtype; for `projector_out` a single row.
+    """
+    total, count = None, 0
+    if site_named(site).part != "decoder" and isinstance(positions, str) and positions == "all":
+        positions = "image"
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        cache = vlm.capture(batch, [site], positions, layers)
+        values, mask = cache[site], cache.mask
+        if site_named(site).part == "vision":
+            mask = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
+        rows = values.transpose(1, 2)[mask].double()
+        total = rows.sum(0) if total is None else total + rows.sum(0)
+        count += len(rows)
+    if total is None or count == 0:
+        raise InterventionError(
+            f"no {site!r} activation at {positions!r} to average", expected="at least one reference example"
+        )
+    mean = (total / count).to(vlm.dtype)
+    return mean if site_named(site).layered else mean[0]
+
+
+def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
+    found = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    for item in found:
+        if not isinstance(item, Intervention):
+            raise InterventionError(
+                f"{item!r} is a {type(item).__name__}",
+                expected="an intervention, or a list of them",
+                remedy="see interp_vlm.interventions",
+            )
+    return found
