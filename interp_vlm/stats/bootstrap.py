@@ -270,7 +270,7 @@ def _chunks(total: int, size: int) -> list[int]:
 
 
 def _totals(codes: np.ndarray, groups: int, *columns: np.ndarray) -> tuple[Float[np.ndarray, "group"], ...]:
-    return tuple(np.bincount(codes, weights=column, minlength=groups) for column in columns)
+    return tuple(np.bincount(codes, weights=column, minlength=groups).astype(np.float64) for column in columns)
 
 
 def _divide(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_nothing_to_test():
     assert math.isnan(stats.max_statistic(np.zeros((0, 2)))[1].p)
     lonely = stats.max_statistic([[1.0, 2.0]], ["a"])[1]
     assert (lonely.value, lonely.reason) == (2.0, "one group: no standard error")
-    with pytest.raises(DataError, match="a has 2 values|b has 3 values"):
+    with pytest.raises(DataError, match="b has 3 values"):
         stats.paired_test([1, 2], [1, 2, 3])
     with pytest.raises(DataError, match="values has shape"):
         stats.max_statistic([1.0, 2.0])
