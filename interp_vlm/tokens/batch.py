@@ -113,4 +113,8 @@ class Batch:
     def __repr__(self) -> str:
         width = len(self.tokens[0].ids) if self.tokens else 0
         images = sum(len(own) for own in self.images)
-        return f"Batch({len(self)} examples, {images} pictures, {width} positions, {self.padding} padding)"
+        counted = ", ".join(
+            f"{count} {noun}{'' if count == 1 else 's'}"
+            for count, noun in ((len(self), "example"), (images, "picture"), (width, "position"))
+        )
+        return f"Batch({counted}, {self.padding} padding)"

@@ -87,11 +87,11 @@ def _same_picture(tokens: TokenMap, a: int, b: int) -> bool:
 
 
 def _chip(label: str, place: str, colour: str, is_last: bool, role: str) -> str:
-    edge = f"2px solid {LAST}" if is_last else "1px solid #00000018"
+    ring = f";outline:2px solid {LAST}" if is_last else ""
     return (
         f"<span title='{role}, position {place}' style='display:inline-flex;flex-direction:column;align-items:center'>"
-        f"<span style='background:{colour};border:{edge};border-radius:3px;padding:1px 4px;min-height:18px;"
-        f"font-family:ui-monospace,monospace;white-space:pre'>{label}</span>"
+        f"<span style='background:{colour};border:1px solid #00000018;border-radius:3px;padding:1px 4px;"
+        f"min-height:18px;font-family:ui-monospace,monospace;white-space:pre{ring}'>{label}</span>"
         f"<span style='color:#666;font-size:10px'>{place}</span></span>"
     )
 
@@ -134,7 +134,8 @@ def _svg(grid: ImageGrid, places: np.ndarray, mask: np.ndarray, picture: Image |
         outside = f"M0 0H{width:.1f}V{height:.1f}H0ZM{x0:.1f} {y0:.1f}V{y1:.1f}H{x1:.1f}V{y0:.1f}Z"
         parts.append(f"<path transform='translate({left} {top})' d='{outside}' fill='#eee' fill-opacity='.8'/>")
     lines = "".join(f"M{a:.1f} {b:.1f}H{c:.1f}V{d:.1f}H{a:.1f}Z" for a, b, c, d in seen)
-    for stroke, opacity, thick in (("#000", 0.3, 1.6), ("#fff", 0.75, 0.7)):
+    fine = (seen[:, 2] - seen[:, 0]).max() < LEGIBLE / 2
+    for stroke, opacity, thick in (("#000", 0.15 if fine else 0.3, 1.6), ("#fff", 0.55 if fine else 0.75, 0.6)):
         parts.append(
             f"<path transform='translate({left} {top})' d='{lines}' fill='none' stroke='{stroke}' "
             f"stroke-opacity='{opacity}' stroke-width='{thick}'/>"
@@ -187,9 +188,10 @@ def _screen_size(width: int, height: int) -> tuple[float, float, str]:
 def _data_uri(picture: Image) -> str:
     """The picture inside the page: small ones exactly, large ones shrunk."""
     small, kind = picture.convert("RGB"), "PNG"
-    if max(small.size) > 2 * WIDEST:
+    if max(small.size) > 128:
         kind, (width, height, _) = "JPEG", _screen_size(*small.size)
-        small = small.resize((round(2 * width), round(2 * height)), PILImage.Resampling.LANCZOS)
+        sharp = min(small.width, round(2 * width)), min(small.height, round(2 * height))
+        small = small.resize(sharp, PILImage.Resampling.LANCZOS)
     buffer = BytesIO()
     small.save(buffer, kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_grid"]
 
+SHAPES = (0.2, 2.0)  # height / width of a picture that is drawn undistorted
 NUMBERED = 120  # patches: more than this many numbers cannot be read
 
 
@@ -39,8 +40,10 @@ def plot_grid(tokens: TokenMap, image: Image | None, number: int, chosen: Tensor
         )
     figure = Figure(figsize=_figure_size(*grid.size), layout="constrained")
     axes = figure.add_subplot()
+    aspect = "equal" if SHAPES[0] <= grid.size[1] / grid.size[0] <= SHAPES[1] else "auto"
+    axes.set_aspect(aspect)
     if image is not None:
-        axes.imshow(np.asarray(image.convert("RGB")), extent=(0, grid.size[0], grid.size[1], 0), aspect="auto")
+        axes.imshow(np.asarray(image.convert("RGB")), extent=(0, grid.size[0], grid.size[1], 0), aspect=aspect)
     marked = mask & np.isin(places, chosen.numpy()) if chosen is not None else np.zeros_like(mask)
     _draw(axes, grid, mask, marked)
     _label(axes, grid, places, mask, tiles)
@@ -52,7 +55,7 @@ def plot_grid(tokens: TokenMap, image: Image | None, number: int, chosen: Tensor
 
 def _figure_size(width: int, height: int) -> tuple[float, float]:
     """Inches: the picture's shape, within what fits a page and stays readable."""
-    ratio = min(max(height / width, 0.2), 2.0)
+    ratio = min(max(height / width, SHAPES[0]), SHAPES[1])
     wide = 6.0 if ratio <= 1 else 6.0 / ratio
     return wide + 0.5, wide * ratio + 0.7
 
@@ -68,8 +71,8 @@ def _draw(axes: Axes, grid: ImageGrid, mask: np.ndarray, marked: np.ndarray) -> 
     x0, y0, x1, y1 = (*grid.boxes[mask, :2].min(axis=0), *grid.boxes[mask, 2:].max(axis=0))
     for a, b, c, d in ((0, 0, x0, height), (x1, 0, width, height), (x0, 0, x1, y0), (x0, y1, x1, height)):
         axes.fill([a, c, c, a], [b, b, d, d], color="#eeeeee", alpha=0.8, lw=0)  # what the model does not see
-    axes.add_collection(PolyCollection(corners(mask), facecolors="none", edgecolors=(0, 0, 0, 0.35), linewidths=1.4))
-    axes.add_collection(PolyCollection(corners(mask), facecolors="none", edgecolors=(1, 1, 1, 0.8), linewidths=0.6))
+    axes.add_collection(PolyCollection(corners(mask), facecolors="none", edgecolors=(0, 0, 0, 0.3), linewidths=1.0))
+    axes.add_collection(PolyCollection(corners(mask), facecolors="none", edgecolors=(1, 1, 1, 0.7), linewidths=0.5))
     if marked.any():
         axes.add_collection(
             PolyCollection(corners(marked), facecolors="#d55e0066", edgecolors="#d55e00", linewidths=1.2)
