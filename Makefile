@@ -1,0 +1,41 @@
+# Two commands do everything: `make study` and `make test`. Each makes its own .venv when there is none.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help study test lint types imports unit notebooks clean
+
+help:
+	@echo "make study   study the three embedded models; ends with the path of the report"
+	@echo "make test    lint, types, import contract, tests"
+	@echo "make clean   remove .venv and caches"
+
+study: .venv/.ready
+	$(BIN)/interp-vlm study --out runs/study $(ARGS)
+
+test: lint types imports unit
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.ready
+	$(BIN)/pyright
+
+imports: .venv/.ready
+	$(BIN)/lint-imports
+
+unit: .venv/.ready
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The stamp is the last thing written, so that an interrupted installation starts again.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) --version); expected Python 3.11 or newer; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
