@@ -30,12 +30,14 @@ if TYPE_CHECKING:
     from interp_vlm.interventions.steering import Steering
     from interp_vlm.interventions.vary import vary, windows
     from interp_vlm.models.anatomy import Anatomy
-    from interp_vlm.readouts.answers import Answer, answer_logprob, answer_probability, flipped, logit_difference
+    from interp_vlm.readouts.answers import Answer
+    from interp_vlm.readouts.metrics import answer_logprob, answer_probability, flipped, logit_difference
+    from interp_vlm.readouts.run import Generation, Run
     from interp_vlm.sites import SITES, Site
     from interp_vlm.tokens import select
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.tokens.token_map import TokenMap
-    from interp_vlm.vlm import VLM, Generation, Run, load, reference_mean, sweep
+    from interp_vlm.vlm import VLM, load, reference_mean, sweep
 
 __version__ = "0.1.0"
 
@@ -57,11 +59,13 @@ _HOME = {
     "interp_vlm.interventions.steering": ("Steering",),
     "interp_vlm.interventions.vary": ("vary", "windows"),
     "interp_vlm.models.anatomy": ("Anatomy",),
-    "interp_vlm.readouts.answers": ("Answer", "answer_logprob", "answer_probability", "flipped", "logit_difference"),
+    "interp_vlm.readouts.answers": ("Answer",),
+    "interp_vlm.readouts.metrics": ("answer_logprob", "answer_probability", "flipped", "logit_difference"),
     "interp_vlm.sites": ("SITES", "Site"),
     "interp_vlm.tokens.batch": ("Batch",),
     "interp_vlm.tokens.token_map": ("TokenMap",),
-    "interp_vlm.vlm": ("Generation", "Run", "VLM", "load", "reference_mean", "sweep"),
+    "interp_vlm.readouts.run": ("Generation", "Run"),
+    "interp_vlm.vlm": ("VLM", "load", "reference_mean", "sweep"),
 }
 _MODULES = {"data": "interp_vlm.data", "select": "interp_vlm.tokens.select", "stats": "interp_vlm.stats"}
 _NAMES = {name: module for module, names in _HOME.items() for name in names}

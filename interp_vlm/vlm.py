@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.plan import Plan, plan
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.engine.runner import Engine, Outcome
-from interp_vlm.engine.sweep import Context, Sweep, grouped
+from interp_vlm.engine.sweep import Sweep, grouped
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import CellIntervention, Intervention
 from interp_vlm.interventions.cache import Cache
@@ -25,60 +24,15 @@ from interp_vlm.models import loading
 from interp_vlm.models.anatomy import Anatomy, describe
 from interp_vlm.models.encode import encode
 from interp_vlm.models.registry import family_for
-from interp_vlm.readouts.answers import Answer, Metric, logit_difference, read_answers
+from interp_vlm.readouts.answers import read_answers
+from interp_vlm.readouts.metrics import Metric, MetricContext, logit_difference
+from interp_vlm.readouts.run import Generation, Run
 from interp_vlm.sites import SITES
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
 from interp_vlm.tokens.batch import Batch
 
-__all__ = ["VLM", "Generation", "Run", "load", "reference_mean", "sweep"]
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One run of a batch.
-
-    Attributes:
-        logits: at each example's answer position, the last prompt token.
-        answers: text of the most probable answer, with `.scores`.
-        receipts: one per intervention, in their order.
-        clean_logits: the same without interventions.
-        plan: how the engine ran it.
-    """
-
-    logits: Float[Tensor, "batch vocab"]
-    answers: tuple[Answer, ...]
-    receipts: tuple[Receipt, ...]
-    clean_logits: Float[Tensor, "batch vocab"]
-    plan: Plan
-
-    def __repr__(self) -> str:
-        answers = ", ".join(repr(str(answer)) for answer in self.answers[:6]) + (
-            ", ..." if len(self.answers) > 6 else ""
-        )
-        lines = "".join(f"\n  {receipt}" for receipt in self.receipts)
-        return f"Run({len(self.answers)} answers: {answers}){lines}"
-
-    def _repr_html_(self) -> str:
-        from html import escape
-
-        answers = "".join(f"<td style='padding:2px 8px'>{escape(str(answer))}</td>" for answer in self.answers[:12])
-        receipts = "".join(f"<li>{escape(str(receipt))}</li>" for receipt in self.receipts)
-        more = f"<td>... {len(self.answers)} in all</td>" if len(self.answers) > 12 else ""
-        return f"<table><tr><th>answers</th>{answers}{more}</tr></table><ul>{receipts}</ul>"
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """Generated continuations.
-
-    Attributes:
-        texts: decoded, special tokens left out.
-        ids: the generated token ids, without the prompt.
-    """
-
-    texts: tuple[str, ...]
-    ids: Int[Tensor, "batch step"]
+__all__ = ["VLM", "load", "reference_mean", "sweep"]
 
 
 class VLM:
@@ -240,7 +194,7 @@ class VLM:
         receipts: list[list[Receipt]] = [[] for _ in groups]
         for batch in batches:
             clean = self._engine.clean(batch).logits
-            context = Context(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)
+            context = MetricContext(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)
             baselines.append(metric(clean, context))
             column = []
             for number, group in enumerate(groups):
@@ -266,8 +220,8 @@ class VLM:
     def trace(self, batch: Batch, **options: Any) -> InterleavingTracer:
         """A real nnsight trace of the model on a batch, for everything that the vocabulary does not say.
 
-        Inside the block, `vlm.site(name, layer)` reads a site and `intervention.apply(vlm)` edits one, in the model's own
-        order, next to any nnsight code on `vlm.nnsight`.
+        Inside the block, `vlm.site(name, layer)` reads a site and `intervention.apply(vlm)` edits one, in the model's
+        own order, next to any nnsight code on `vlm.nnsight`.
 
         Example:
             >>> import interp_vlm as iv
@@ -333,21 +287,31 @@ class VLM:
             f"width {a.d_model}, {self.dtype} on {self.device})".replace("torch.", "")
         )
 
+    def site_shapes(self) -> dict[str, str]:
+        """The shape of one example's value at every site, with this model's sizes in it.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> iv.load("testbed:llava").site_shapes()["z"]
+            '(pos, 4, 32)'
+        """
+        a = self.anatomy
+        sizes = {"d": a.d_model, "h": a.n_heads, "d_head": a.d_head, "f": a.d_mlp, "d_vision": a.d_vision}
+        return {name: f"({', '.join(str(sizes.get(axis, axis)) for axis in row.axes)})" for name, row in SITES.items()}
+
     def _repr_html_(self) -> str:
         from dataclasses import asdict
         from html import escape
 
-        facts = "".join(
-            f"<tr><th style='text-align:left'>{name}</th><td style='text-align:left'>{escape(str(value))}</td></tr>"
-            for name, value in asdict(self.anatomy).items()
-        )
-        sites = "".join(
-            f"<tr><th style='text-align:left'>{row.name}</th><td>{' x '.join(row.axes)}</td><td style='text-align:left'>{row.where}</td></tr>"
-            for row in SITES.values()
-        )
+        def table(rows: Iterable[tuple[Any, ...]]) -> str:
+            cells = ("".join(f"<td style='text-align:left'>{escape(str(cell))}</td>" for cell in row) for row in rows)
+            return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+        sites = [(name, shape, SITES[name].where) for name, shape in self.site_shapes().items()]
         return (
-            f"<p><b>{escape(repr(self))}</b></p><details><summary>anatomy</summary><table>{facts}</table></details>"
-            f"<details><summary>sites</summary><table>{sites}</table></details>"
+            f"<p><b>{escape(repr(self))}</b></p>"
+            f"<details><summary>anatomy</summary>{table(asdict(self.anatomy).items())}</details>"
+            f"<details><summary>sites</summary>{table(sites)}</details>"
         )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from nnsight import NNsight
-from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
@@ -52,17 +51,20 @@ class Access:
     def __init__(self, root: NNsight, anatomy: Anatomy) -> None:
         self.root, self.anatomy = root, anatomy
 
-    def layer(self, index: int) -> Envoy:
+    # nnsight's envoys serve `.input` and `.output` through descriptors that type checkers cannot follow: hence Any.
+
+    def layer(self, index: int) -> Any:
+        """The envoy of a decoder layer."""
         return self.find(self.anatomy.layers)[index]
 
-    def find(self, path: str, start: Envoy | None = None) -> Envoy:
+    def find(self, path: str, start: Any = None) -> Any:
         """The envoy at a dotted path."""
         envoy: Any = self.root if start is None else start
         for part in path.split("."):
             envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
         return envoy
 
-    def inside(self, layer: int, path: str) -> Envoy:
+    def inside(self, layer: int, path: str) -> Any:
         """The envoy at a path relative to a decoder layer."""
         return self.find(path, self.layer(layer))
 
@@ -124,7 +126,7 @@ class Access:
 
     # -- attention -------------------------------------------------------------------------------------------------
 
-    def _attn(self, layer: int, path: str = "") -> Envoy:
+    def _attn(self, layer: int, path: str = "") -> Any:
         return self.inside(layer, f"{self.anatomy.attn}.{path}" if path else self.anatomy.attn)
 
     def _read_attn_mask(self, layer: int) -> Tensor:
@@ -161,7 +163,7 @@ class Access:
         args, kwargs = decoder.inputs
         decoder.inputs = (args, {**kwargs, "inputs_embeds": value})
 
-    def _vision(self, layer: int) -> Envoy:
+    def _vision(self, layer: int) -> Any:
         return self.find(self.anatomy.vision_layers)[layer]
 
     def _read_vision_post(self, layer: int) -> Tensor:

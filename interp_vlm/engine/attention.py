@@ -24,8 +24,8 @@ def rebuild(
         rows: query rows of each example.
 
     Returns:
-        Weights in the model's dtype, the softmax taken in float32 (float64 for a float64 model) as Hugging Face does. A row
-        that may attend nothing is all zero.
+        Weights in the model's dtype, the softmax taken in float32 (float64 for a float64 model) as Hugging Face
+        does. A row that may attend nothing is all zero.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, eq. 1; rotary embedding: Su et al., "RoFormer", 2021, eq. 34.
@@ -36,7 +36,7 @@ def rebuild(
     example = torch.arange(len(rows), device=rows.device)[:, None]
     q = q[example, rows].transpose(1, 2)
     k = k.transpose(1, 2).repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
-    scores = q @ k.transpose(-1, -2) * module.scaling
+    scores = q @ k.transpose(-1, -2) * anatomy.scaling
     if anatomy.softcap is not None:
         scores = torch.tanh(scores / anatomy.softcap) * anatomy.softcap
     if inputs.keep is None:

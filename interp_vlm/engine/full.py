@@ -83,7 +83,7 @@ def forward(root: NNsight, access: Access, inputs: Mapping[str, Tensor], program
     """
     recording = Recording()
     stops = program.visits()
-    with LOCK, torch.no_grad(), root.trace(**inputs):
+    with LOCK, torch.no_grad(), root.trace(**dict[str, Any](inputs)):
         _walk(access, program, stops, recording)
         recording.logits = access.read_logits()
     return recording
@@ -117,7 +117,7 @@ def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace])
 def generate(
     root: NNsight,
     access: Access,
-    inputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Any],
     edits: Sequence[ResolvedPlace],
     steps: int,
     call: Callable[..., Any],
@@ -147,7 +147,7 @@ def generate(
     with LOCK, torch.no_grad(), warnings.catch_warnings():
         # Generation may end before the last step; that is no fault of the loop.
         warnings.filterwarnings("ignore", message=".*was never reached.*")
-        with root.trace(**inputs, fn=capture) as tracer:
+        with root.trace(fn=capture, **dict[str, Any](inputs)) as tracer:
             _generation_walk(access, programs, tracer, last)
     return returned[0]
 
@@ -183,7 +183,7 @@ class GeneratedPlace(ResolvedPlace):
             self.keys = torch.cat([self.keys, self.keys.new_zeros(len(self.keys), new)], dim=1)
         elif self.keys is not None and self.keys.shape[1] > value.shape[-1]:
             raise InterventionError(
-                f"layer {layer} keeps {value.shape[-1]} of {self.keys.shape[1]} keys while generating (a sliding window)",
+                f"layer {layer} keeps {value.shape[-1]} of {self.keys.shape[1]} keys in generation (sliding window)",
                 expected="a layer with full attention",
                 remedy="restrict layers= to the layers with full attention, or use during='prompt'",
             )

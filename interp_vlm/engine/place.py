@@ -62,7 +62,7 @@ class ResolvedPlace:
 
     @property
     def tower_rows(self) -> Int[Tensor, " row"]:
-        assert self.rows is not None and self.site.part == "vision"
+        assert self.rows is not None, "the engine calls `edit`, which finds the rows first"
         return self.rows.index[0]
 
     def clean(self, layer: int, selected: Bool[Tensor, "batch pos"] | None = None) -> Shaped[Tensor, "row ..."]:
@@ -215,8 +215,8 @@ def resolve(intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence
         evidence: scores per position for selectors that need them.
 
     Raises:
-        InterventionError: for layers or heads out of range, a selection that is empty in some example, an edit that no later
-            computation carries to the answer position (unless `allow_empty`).
+        InterventionError: for layers or heads out of range, a selection that is empty in some example, an edit that
+            no later computation carries to the answer position (unless `allow_empty`).
     """
     site = intervention.where
     layers = layers_of(site, getattr(intervention, "layers", 0), anatomy)
@@ -265,7 +265,7 @@ def _refuse_unreachable(
     past_attention = site.order > SITES["resid_pre"].order
     if min(layers) == anatomy.n_layers - 1 and past_attention and not bool(at_answer.all()):
         raise InterventionError(
-            f"{intervention!r} edits only the last layer's {site.name} away from the answer position, which nothing reads",
+            f"{intervention!r} edits the last layer's {site.name} away from the answer position, which nothing reads",
             expected="a selection with the last position, or an earlier layer",
             remedy=remedy,
         )

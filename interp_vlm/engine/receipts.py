@@ -29,8 +29,8 @@ class Receipt:
         site, layers: where it acted.
         changed: attention edges removed (counted per head and layer), or values that are different now.
         unit: "edges" or "values".
-        mass_left: attention weight left on blocked edges, the largest over rows, heads and layers; must be 0. None where no
-            attention was blocked.
+        mass_left: attention weight left on blocked edges, the largest over rows, heads and layers; must be 0. None
+            where no attention was blocked.
         unexplained: how far the heads' output at the blocked rows is from what the rebuilt weights make of the values,
             relative to its largest entry: evidence that attention really used the edited mask. None where not measured.
         logit_change: largest change of a logit at the answer position, of all interventions of the run together.
@@ -123,7 +123,8 @@ def issue(
 
 def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access: Access) -> tuple[float, float]:
     knockout, inputs = edit.intervention, recording.attention[layer]
-    assert isinstance(knockout, AttentionKnockout) and edit.keys is not None
+    assert isinstance(knockout, AttentionKnockout)
+    assert edit.keys is not None
     rows, real = padded_positions(edit.selected)
     if rows.shape[1] == 0:
         return 0.0, 0.0

@@ -23,7 +23,6 @@ from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import CellIntervention, Intervention
 from interp_vlm.interventions.cache import Cache
 from interp_vlm.models.anatomy import Anatomy
-
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
 from interp_vlm.tokens.batch import Batch
@@ -145,7 +144,7 @@ class Engine:
     def generate(self, batch: Batch, interventions: Sequence[Intervention], steps: int, **options: Any) -> Tensor:
         """Token ids that the model generates after the prompt."""
         edits = self.resolve(batch, interventions)
-        call = self.root._module.generate
+        call: Any = self.root._module.generate
         out = generate(self.root, self.access, {**batch.inputs, "max_new_tokens": steps, **options}, edits, steps, call)
         return out[:, batch.inputs["input_ids"].shape[1] :]
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import Intervention, brief
-from interp_vlm.tokens.batch import Batch
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,16 +19,7 @@ if TYPE_CHECKING:
 
     from interp_vlm.engine.receipts import Receipt
 
-__all__ = ["Context", "Sweep", "grouped"]
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What a metric is told besides the logits of a run: the clean run's, the batch and the tokenizer."""
-
-    clean_logits: Float[Tensor, "batch vocab"]
-    batch: Batch
-    tokenizer: Any
+__all__ = ["Sweep", "grouped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +83,11 @@ class Sweep:
         (_heat if len(varied) == 2 else _line)(axes, self, means)
         return figure
 
+    def _means(self) -> pd.DataFrame:
+        keys = ["intervention", *self.varied]
+        means: Any = self.frame().groupby(keys, sort=False, as_index=False)[[self.metric, "baseline"]].mean()
+        return means
+
     def __len__(self) -> int:
         return len(self.interventions)
 
@@ -101,12 +96,7 @@ class Sweep:
         return f"Sweep({len(self)} interventions x {self.values.shape[1]} examples of {self.metric}{over})"
 
     def _repr_html_(self) -> str:
-        table = (
-            self.frame()
-            .groupby(["intervention", *self.varied], sort=False)[[self.metric, "baseline"]]
-            .mean()
-            .reset_index()
-        )
+        table = self._means()
         return f"<p>{self!r}</p>{table.head(20).to_html(index=False, float_format='%.4g', border=0)}"
 
 

@@ -25,8 +25,8 @@ class Ablation(CellIntervention):
     Attributes:
         to: what to put there.
             "zero": zeros (off-distribution for most sites; prefer the mean).
-            "mean": the mean over the batch's clean run at the selected positions; when only image tokens are selected, over
-                all image tokens of the batch, so that a patch mask does not depend on which patches it masks.
+            "mean": the mean over the batch's clean run at the selected positions; when only image tokens are selected,
+                over all image tokens of the batch, so that a patch mask does not depend on which patches it masks.
             "resample": the clean values of another example of the batch, chosen by `seed`, at its selected positions
                 (evenly spaced over them where the numbers of positions differ).
             a tensor: a scalar, one row of the site, one value per unit in `units`, or one row per layer in `layers`
@@ -81,7 +81,7 @@ class Ablation(CellIntervention):
                 raise InterventionError(
                     f"{self!r} averages a single row, which is the value itself",
                     expected="at least two rows to average",
-                    remedy="run a larger batch, or pass to=iv.reference_mean(vlm, reference_batch, site, layers=..., positions=...)",
+                    remedy="run a larger batch, or pass to=iv.reference_mean(vlm, reference_batch, site, layers=...)",
                 )
             return pool.double().mean(0).to(rows.dtype)
         return self._donated(layer, place)
@@ -100,7 +100,7 @@ class Ablation(CellIntervention):
             return value[place.layers.index(layer)]
         raise InterventionError(
             f"to= has shape {tuple(value.shape)}",
-            expected=f"a scalar, {tuple(row_shape)}, or ({len(place.layers)}, {', '.join(map(str, row_shape))}) at site {self.site!r}",
+            expected=f"a scalar, {tuple(row_shape)} or {(len(place.layers), *row_shape)} at site {self.site!r}",
         )
 
     def _donated(self, layer: int, place: Place) -> Tensor:

@@ -37,9 +37,11 @@ _ALWAYS = ("site", "queries", "keys", "layers", "to")
 class Place(Protocol):
     """What the engine tells an intervention about the place where it acts."""
 
-    tokens: Sequence[TokenMap]
     selected: Bool[Tensor, "batch pos"]
     layers: tuple[int, ...]
+
+    @property
+    def tokens(self) -> Sequence[TokenMap]: ...
 
     @property
     def counts(self) -> tuple[int, ...]:

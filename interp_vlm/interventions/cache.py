@@ -21,8 +21,8 @@ class Cache(Mapping[str, Tensor]):
     """Activations of one batch by site, padded where examples select different numbers of positions.
 
     Attributes:
-        activations: per site (batch, layer, pos, ...); `pattern` is (batch, layer, head, query, key) with `pos` the query rows;
-            `projector_out` has one layer; `vision_post` has the rows of the example's pictures as `pos`.
+        activations: per site (batch, layer, pos, ...); `pattern` is (batch, layer, head, query, key) with `pos` the
+            query rows; `projector_out` has one layer; `vision_post` has the rows of the example's pictures as `pos`.
         layers: per site, the layers captured, in the order of the layer axis.
         positions: (batch, pos) absolute positions in the padded rows, -1 where `mask` is False.
         mask: (batch, pos) False for padding.
@@ -64,14 +64,15 @@ class Cache(Mapping[str, Tensor]):
         Raises:
             InterventionError: when the layer was not captured.
         """
-        captured = self.layers[name] if name in self.layers else self[name] and ()
+        values = self[name]
+        captured = self.layers[name]
         if layer not in captured:
             raise InterventionError(
                 f"layer {layer} of {name!r} was not captured",
                 expected=f"one of {list(captured)}",
                 remedy="capture it too",
             )
-        return self[name][:, captured.index(layer)]
+        return values[:, captured.index(layer)]
 
     def rows(self, name: str, layer: int, selector: Selector) -> tuple[Shaped[Tensor, "row ..."], tuple[int, ...]]:
         """The rows that a selector names, example after example, and how many each example gives.

@@ -22,8 +22,8 @@ __all__ = ["AttentionKnockout"]
 class AttentionKnockout(Intervention):
     """Block attention from query positions to key positions, in chosen layers and heads.
 
-    The edges are removed from the mask that attention receives, so the remaining weights renormalise; nothing is done after
-    the softmax. Under grouped-query attention `heads` are query heads.
+    The edges are removed from the mask that attention receives, so the remaining weights renormalise; nothing is done
+    after the softmax. Under grouped-query attention `heads` are query heads.
 
     Attributes:
         queries: a role, a selector or positions: who may no longer look.
@@ -32,7 +32,7 @@ class AttentionKnockout(Intervention):
         heads: query heads, or None for all.
 
     Source:
-        Geva et al., "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", 2023, section 5, eq. 4.
+        Geva et al., "Dissecting Recall of Factual Associations in Auto-Regressive Language Models", 2023, section 5.
 
     Example:
         >>> AttentionKnockout(queries="last", keys="image", layers=range(8, 17))
@@ -78,8 +78,8 @@ class AttentionKnockout(Intervention):
             A new mask; its head axis is `n_heads` when `heads` names a subset.
 
         Raises:
-            InterventionError: when a query row is left with nothing to attend (its output would be undefined: zero under
-                sdpa, uniform over the future under eager).
+            InterventionError: when a query row is left with nothing to attend (its output would be undefined: zero
+                under sdpa, uniform over the future under eager).
         """
         edges = queries[:, None, :, None] & keys[:, None, None, :]
         if self.heads is not None:

@@ -20,19 +20,19 @@ __all__ = ["ActivationPatch"]
 class ActivationPatch(CellIntervention):
     """Replace the chosen cells by those of another run (clean into corrupt, or corrupt into clean).
 
-    Example i of the batch receives from example i of the source, position by position in order; the source needs as many
-    positions as are patched.
+    Example i of the batch receives from example i of the source, position by position in order; the source needs as
+    many positions as are patched.
 
     Attributes:
         source: the `Cache` of the other run, which holds the site, the layers and the positions.
         source_positions: where to read in the source; by default the same selector as `positions`.
 
     Errors:
-        InterventionError when the source lacks the site, a layer or a position, or pairs up with another number of positions.
+        InterventionError when the source lacks the site, a layer or a position, or has another number of positions.
 
     Source:
-        Meng et al., "Locating and Editing Factual Associations in GPT", 2022, section 2; for paired pictures instead of noise:
-        Golovanevsky et al., "What Do VLMs NOTICE?", 2024.
+        Meng et al., "Locating and Editing Factual Associations in GPT", 2022, section 2; for paired pictures instead of
+        noise: Golovanevsky et al., "What Do VLMs NOTICE?", 2024.
 
     Example:
         >>> ActivationPatch("resid_post", layers=[12], positions="image", source=cache)  # doctest: +SKIP

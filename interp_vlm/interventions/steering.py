@@ -19,7 +19,7 @@ class Steering(CellIntervention):
     """Add `scale * direction` to the chosen positions of a site.
 
     Attributes:
-        direction: one row of the site, (d,), or one per layer, (layer, d); at `z` (head, d_head) or (layer, head, d_head).
+        direction: one row of the site, (d,), or one per layer, (layer, d); at `z` (head, d_head) or one such per layer.
         scale: its multiple, in units of the direction as given (it is not normalised).
 
     Errors:
@@ -59,7 +59,7 @@ class Steering(CellIntervention):
             if direction.shape[1:] != shape or direction.shape[0] != len(place.layers):
                 raise InterventionError(
                     f"direction has shape {tuple(direction.shape)}",
-                    expected=f"{tuple(shape)}, or one such row for each of the {len(place.layers)} layers, at site {self.site!r}",
+                    expected=f"{tuple(shape)} or {(len(place.layers), *shape)} at site {self.site!r}",
                 )
             direction = direction[place.layers.index(layer)]
         return rows + self.scale * direction.to(device=rows.device, dtype=rows.dtype)
