@@ -7,6 +7,7 @@ grey 8 x 8 glyphs with ink from 0 to 16.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -25,7 +26,7 @@ _SPLIT_SEED = 20260508
 def _digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     return np.asarray(bunch.images, np.float32), np.asarray(bunch.target, np.int64)
 
 

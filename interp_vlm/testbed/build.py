@@ -107,7 +107,7 @@ _QWEN_STYLE = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_tok
 class _StillQwen2VLProcessor(Qwen2VLProcessor):
     """Qwen2-VL's processor without its video half, which needs torchvision; saves itself under its parent's name."""
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
@@ -134,7 +134,7 @@ def build_processor(family: str) -> Any:
             chat_template=_LLAVA_TEMPLATE,
         )
     if family == "paligemma":
-        images = SiglipImageProcessorPil(size=square)
+        images: Any = SiglipImageProcessorPil(size=square)
         images.image_seq_length = GRID**2
         return PaliGemmaProcessor(images, _tokenizer(_GEMMA_STYLE, (), {"image_token": "<image>"}, bos=True))
     if family == "qwen2_vl":

@@ -39,6 +39,8 @@ class Alignment(nn.Module):
     at the words.
     """
 
+    words: Tensor
+
     def __init__(self, width: int, tokenizer: Any, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)

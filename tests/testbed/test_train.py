@@ -57,7 +57,9 @@ def test_hidden_background_is_out_of_the_texts_sight():
 
 @pytest.mark.parametrize("family", NAMES)
 def test_resumed_training_ends_with_the_same_bytes(family, tmp_path):
-    tiny = replace(RECIPES[family], align=2, joint=3, align_images=4, images=4, per_image=2, dense=1, exact_from=0.6, validate=2)
+    tiny = replace(
+        RECIPES[family], align=2, joint=3, align_images=4, images=4, per_image=2, dense=1, exact_from=0.6, validate=2
+    )
     whole = train(family, tmp_path / "whole", recipe=tiny, progress=False)
     for until in (1, 2, 4, None):  # cuts within stage A, between the stages, within stage B
         parts = train(family, tmp_path / "parts", recipe=tiny, progress=False, resume=True, until=until)
@@ -100,7 +102,6 @@ def test_gemma_is_balanced_without_changing_its_answers_from_text():
         assert image_features(model, shown.pixels).pow(2).mean().sqrt().item() == pytest.approx(20, rel=1e-4)
     width = model.config.text_config.hidden_size
     embedding = model.get_input_embeddings()
-    assert embedding(ids).detach().std().item() == pytest.approx(
-        0.04, rel=0.1
-    )  # what the model sees no longer grows with its width
-    assert after.std().item() == pytest.approx(before.std().item() * width**0.5, rel=0.2)  # which the head, tied to the words, needs
+    # what the layers see no longer grows with the width, and the final norm makes up for the smaller head
+    assert embedding(ids).detach().std().item() == pytest.approx(0.04, rel=0.1)
+    assert after.std().item() == pytest.approx(before.std().item() * width**0.5, rel=0.2)
