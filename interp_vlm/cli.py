@@ -6,13 +6,17 @@ Every error that the library raises on purpose becomes one line on standard erro
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from interp_vlm.errors import InterpVLMError
+from interp_vlm.errors import InterpVLMError, StudyError
 from interp_vlm.study.command import study
+
+if TYPE_CHECKING:
+    from interp_vlm.tokens.token_map import TokenMap
 
 __all__ = ["app", "main"]
 
@@ -40,9 +44,55 @@ def inspect(
 
     Example: interp-vlm inspect testbed:llava --image scene.png --question "is there a red 7 ?"
     """
-    from interp_vlm.study.inspect import inspect_model
+    from dataclasses import asdict
 
-    inspect_model(model, image, question, out)
+    from rich.console import Console
+    from rich.table import Table
+
+    from interp_vlm.sites import SITES
+    from interp_vlm.vlm import load
+
+    if out.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise StudyError(
+            f"--out {out}", expected="a .png, .svg or .pdf file", remedy=f"use --out {out.with_suffix('.png')}"
+        )
+    vlm = load(model)
+    tokens = vlm.encode(image, question).tokens[0]
+    console = Console()
+    console.print(f"[bold]{vlm!r}[/bold]", highlight=False)
+    facts = Table("fact", "value", title="anatomy", title_justify="left")
+    for name, value in asdict(vlm.anatomy).items():
+        facts.add_row(name, str(value))
+    sites = Table("site", "shape of one example", "where", title="sites", title_justify="left")
+    for name, shape in vlm.site_shapes().items():
+        sites.add_row(name, shape, SITES[name].where)
+    roles = Table("position", "token", "role", title=repr(tokens), title_justify="left")
+    for row in _token_rows(tokens):
+        roles.add_row(*row)
+    for table in (facts, sites, roles):
+        console.print(table, highlight=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f".{out.stem}.part{out.suffix}")
+    tokens.plot().savefig(unfinished, dpi=150)
+    unfinished.replace(out)
+    console.print(f"patch grid: {out}", highlight=False)
+
+
+def _token_rows(tokens: TokenMap) -> Iterator[tuple[str, str, str]]:
+    """Positions, text and role of each token; the tokens of a picture in one row."""
+    role_of = {int(index): name for name in ("image", "question", "template", "bos") for index in tokens.role(name)}
+    pictures: set[int] = set()
+    for position in tokens.all.tolist():
+        number = int(tokens.image_index[position])
+        if number < 0:
+            last = ", last" if position == int(tokens.last) else ""
+            yield str(position), repr(tokens.pieces[position]), role_of[position] + last
+        elif number not in pictures:
+            pictures.add(number)
+            own, grid = tokens.picture_tokens(number), tokens.grids[number]
+            width, height = grid.size
+            said = f"picture {number}: {len(own)} tokens, {grid.rows} x {grid.cols}, of {width} x {height} pixels"
+            yield f"{int(own[0])}-{int(own[-1])}", said, "image"
 
 
 @testbed.command()
