@@ -33,6 +33,7 @@ class ImageGrid:
         views: (n,) 0 is the whole picture, 1.. number the tiles.
         vision_rows: (n, m) rows of this picture's vision-tower output which feed each token
             (-1 for a token without a place); None when unknown.
+        vision_total: how many rows the vision tower gives for this picture; None when unknown.
 
     Example:
         >>> grid = grid_from_geometry(Geometry.resize((48, 24), (32, 32)), rows=2, cols=2, patch_px=16)
@@ -47,6 +48,7 @@ class ImageGrid:
     cells: Int[np.ndarray, "n 2"]
     views: Int[np.ndarray, " n"]
     vision_rows: Int[np.ndarray, "n m"] | None = None
+    vision_total: int | None = None
 
     def __post_init__(self) -> None:
         arrays = {

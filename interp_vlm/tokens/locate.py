@@ -126,8 +126,19 @@ def _by_text(tokenizer: Any, ids: Sequence[int], question: str, image_token_id: 
             for token in owners[match.start() + k]:
                 start, end = carried.get(token, (char, char + 1))
                 carried[token] = min(start, char), max(end, char + 1)
-        places.append(Located(tuple(carried), tuple(carried.values())))
+        places.append(_with_blanks(carried))
     return places
+
+
+def _with_blanks(carried: dict[int, tuple[int, int]]) -> Located:
+    """The tokens of pure white space between the others, too; each carries what lies between its neighbours."""
+    first, last = min(carried), max(carried)
+    for token in range(first, last + 1):
+        if token not in carried:
+            following = next(k for k in range(token, last + 1) if k in carried)
+            carried[token] = carried[token - 1][1], carried[following][0]
+    tokens = range(first, last + 1)
+    return Located(tuple(tokens), tuple(carried[token] for token in tokens))
 
 
 def _plain(text: str) -> tuple[str, list[int]]:
@@ -145,14 +156,26 @@ def _decoded_groups(tokenizer: Any, ids: Sequence[int], image_token_id: int) -> 
     """Consecutive tokens that decode to whole characters together (a character may be split over byte tokens)."""
     groups, start = [], 0
     while start < len(ids):
-        stop = start + 1
-        text = "\0" if ids[start] == image_token_id else _decode(tokenizer, ids[start:stop])
-        while text.endswith("\ufffd") and stop < len(ids) and stop - start < 4:
-            stop += 1
-            text = _decode(tokenizer, ids[start:stop])
-        groups.append((range(start, stop), text))
+        stop = start + _whole_characters(tokenizer, ids[start : start + 4], image_token_id)
+        image = ids[start] == image_token_id
+        groups.append((range(start, stop), "\0" if image else _decode(tokenizer, ids[start:stop])))
         start = stop
     return groups
+
+
+def _whole_characters(tokenizer: Any, ids: Sequence[int], image_token_id: int) -> int:
+    """How many of these tokens it takes until the first decodes completely (UTF-8 has at most four bytes)."""
+    alone = _decode(tokenizer, ids[:1])
+    if ids[0] == image_token_id or (alone and not alone.endswith("\ufffd")):
+        return 1
+    for count in range(2, len(ids) + 1):
+        if ids[count - 1] == image_token_id:
+            return 1
+        text = _decode(tokenizer, ids[:count])
+        if text and not text.endswith("\ufffd"):
+            # decoders either mark a torn character or leave it out; a token that adds nothing stands by itself
+            return 1 if text == alone + _decode(tokenizer, ids[1:count]) else count
+    return 1
 
 
 def _decode(tokenizer: Any, ids: Sequence[int]) -> str:

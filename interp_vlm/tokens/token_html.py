@@ -112,7 +112,7 @@ def _panels(tokens: TokenMap, number: int) -> Iterator[str]:
             caption = f"picture {number}: {grid.size[0]} \u00d7 {grid.size[1]} px, {shape}"
             caption += f", positions {places[mask].min()}\u2013{places[mask].max()}"
             drawn, note = _svg(grid, places, mask & grid.placed, picture)
-            yield f"{drawn}<div style='{MUTED};max-width:{WIDEST:.0f}px'>{caption}{note}</div>"
+            yield f"{drawn}<div style='{MUTED};max-width:{WIDEST + 60:.0f}px'>{caption}{note}</div>"
 
 
 def _svg(grid: ImageGrid, places: np.ndarray, mask: np.ndarray, picture: Image | None) -> tuple[str, str]:
