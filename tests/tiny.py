@@ -85,9 +85,7 @@ def _tokenizer(special: dict[str, str], extra: dict[str, str], *, bytes_: bool, 
     else:
         tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"], byte_fallback=True, fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         alphabet, more = [], ["\n", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(
         vocab_size=700, special_tokens=[*names, *more], initial_alphabet=alphabet, show_progress=False
@@ -132,6 +130,27 @@ _QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+_GEMMA3_TEMPLATE = (
+    "<bos>{% for message in messages %}<start_of_turn>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<start_of_image>{% else %}{{ part['text'] | trim }}{% endif %}{% endfor %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+_ONEVISION_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }} {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}\n{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_INTERNVL_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
 )
 
 
@@ -199,11 +218,7 @@ def _paligemma(gemma2: bool = False) -> tuple[Any, Callable[[Any], Any]]:
 
 def _qwen2_vl() -> tuple[Any, Callable[[Any], Any]]:
     processor = still(hf.Qwen2VLProcessor)(
-        hf.Qwen2VLImageProcessorPil(
-            patch_size=_PATCH, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
-        ),
-        _tokenizer(_QWEN_STYLE, _QWEN_EXTRA, bytes_=True, bos=False),
-        chat_template=_QWEN_TEMPLATE,
+        _qwen_images(), _tokenizer(_QWEN_STYLE, _QWEN_EXTRA, bytes_=True, bos=False), chat_template=_QWEN_TEMPLATE
     )
     return processor, lambda tokenizer: hf.Qwen2VLConfig(
         text_config=_text(
@@ -225,12 +240,148 @@ def _qwen_ids(tokenizer: Any) -> dict[str, int]:
     return {**ids, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
 
 
+def _qwen_images() -> Any:
+    return hf.Qwen2VLImageProcessorPil(
+        patch_size=_PATCH, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 48 * 48}
+    )
+
+
+def _qwen2_5_vl() -> tuple[Any, Callable[[Any], Any]]:
+    tokenizer = _tokenizer(_QWEN_STYLE, _QWEN_EXTRA, bytes_=True, bos=False)
+    processor = still(hf.Qwen2_5_VLProcessor)(_qwen_images(), tokenizer, chat_template=_QWEN_TEMPLATE)
+    return processor, lambda tokenizer: hf.Qwen2_5_VLConfig(
+        text_config=_text(
+            tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        ),
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 4,
+            "patch_size": _PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
+            "fullatt_block_indexes": [1], "initializer_range": 0.2,
+        },
+        **_qwen_ids(tokenizer),
+    )  # fmt: skip
+
+
+def _qwen3_vl() -> tuple[Any, Callable[[Any], Any]]:
+    tokenizer = _tokenizer(_QWEN_STYLE, _QWEN_EXTRA, bytes_=True, bos=False)
+    processor = still(hf.Qwen3VLProcessor)(_qwen_images(), tokenizer, chat_template=_QWEN_TEMPLATE)
+    return processor, lambda tokenizer: hf.Qwen3VLConfig(
+        text_config=_text(
+            tokenizer, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        ),
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "num_heads": 4,
+            "patch_size": _PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 36,
+            "deepstack_visual_indexes": [0, 1], "initializer_range": 0.2,
+        },
+        **_qwen_ids(tokenizer),
+    )  # fmt: skip
+
+
+def _gemma3() -> tuple[Any, Callable[[Any], Any]]:
+    extra = {
+        "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
+        "sot_token": "<start_of_turn>", "eot_token": "<end_of_turn>",
+    }  # fmt: skip
+    processor = hf.Gemma3Processor(
+        hf.Gemma3ImageProcessorPil(size=_square()),
+        _tokenizer(_GEMMA_STYLE, extra, bytes_=False, bos=True),
+        chat_template=_GEMMA3_TEMPLATE,
+        image_seq_length=9,
+    )
+
+    def config(tokenizer: Any) -> Any:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        # the window is shorter than any prompt, so that it cuts
+        text = _text(tokenizer, layer_types=kinds, sliding_window=16, query_pre_attn_scalar=32)
+        return hf.Gemma3Config(
+            vision_config=hf.SiglipVisionConfig(**_VISION, vision_use_head=False),
+            text_config=hf.Gemma3TextConfig(**text),
+            mm_tokens_per_image=9, image_token_index=tokenizer.image_token_id,
+            boi_token_index=tokenizer.boi_token_id, eoi_token_index=tokenizer.eoi_token_id,
+        )  # fmt: skip
+
+    return processor, config
+
+
+def _llava_onevision() -> tuple[Any, Callable[[Any], Any]]:
+    pinpoints = [[24 * down, 24 * across] for down in (1, 2, 3) for across in (1, 2, 3)]
+    extra = {"image_token": "<image>", "video_token": "<video>", "message_start_token": "<|im_start|>"}
+    processor = still(hf.LlavaOnevisionProcessor)(
+        hf.LlavaOnevisionImageProcessorPil(size=_square(), image_grid_pinpoints=pinpoints),
+        _tokenizer(_QWEN_STYLE, extra, bytes_=True, bos=False),
+        num_image_tokens=9, vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4",
+        chat_template=_ONEVISION_TEMPLATE,
+    )  # fmt: skip
+    return processor, lambda tokenizer: hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**{**_VISION, "patch_size": 8}, vision_use_head=False),
+        text_config=hf.Qwen2Config(**_text(tokenizer)),
+        image_token_index=tokenizer.image_token_id, video_token_index=tokenizer.video_token_id,
+        image_grid_pinpoints=pinpoints, vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+
+
+def _internvl() -> tuple[Any, Callable[[Any], Any]]:
+    extra = {
+        "context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
+        "video_token": "<video>", "message_start_token": "<|im_start|>",
+    }  # fmt: skip
+    processor = still(hf.InternVLProcessor)(
+        hf.GotOcr2ImageProcessorPil(size=_square(), crop_to_patches=True, min_patches=1, max_patches=4),
+        _tokenizer(_QWEN_STYLE, extra, bytes_=True, bos=False),
+        image_seq_length=9,
+        chat_template=_INTERNVL_TEMPLATE,
+    )
+    return processor, lambda tokenizer: hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**_VISION),
+        text_config=hf.Qwen2Config(**_text(tokenizer)),
+        image_token_id=tokenizer.context_image_token_id, image_seq_length=9,
+    )  # fmt: skip
+
+
+def _idefics(small: bool) -> tuple[Any, Callable[[Any], Any]]:
+    markers = [f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)]
+    extra = {
+        "image_token": "<image>", "fake_image_token": "<fake_token_around_image>",
+        "end_of_utterance_token": "<end_of_utterance>", "global_image_token": "<global-img>",
+        **{marker.strip("<>"): marker for marker in markers},
+    }  # fmt: skip
+    style = {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<|im_end|>"}
+    tokenizer = _tokenizer(style, extra, bytes_=True, bos=False)
+    sizes = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": _PIXELS}}
+    if small:
+        images = hf.SmolVLMImageProcessorPil(**sizes)
+        processor = still(hf.SmolVLMProcessor)(images, tokenizer, image_seq_len=9, chat_template=_IDEFICS_TEMPLATE)
+    else:
+        images = hf.Idefics3ImageProcessorPil(**sizes)
+        processor = hf.Idefics3Processor(images, tokenizer, image_seq_len=9, chat_template=_IDEFICS_TEMPLATE)
+
+    def config(tokenizer: Any) -> Any:
+        vision, whole = (
+            (hf.SmolVLMVisionConfig, hf.SmolVLMConfig) if small else (hf.Idefics3VisionConfig, hf.Idefics3Config)
+        )
+        return whole(
+            vision_config=vision(**_VISION),
+            text_config=hf.LlamaConfig(**_text(tokenizer)),
+            image_token_id=tokenizer.convert_tokens_to_ids("<image>"), scale_factor=2,
+        )  # fmt: skip
+
+    return processor, config
+
+
 _BUILDERS: dict[str, Callable[[], tuple[Any, Callable[[Any], Any]]]] = {
     "llava": _llava,
     "llava_next": _llava_next,
     "paligemma": _paligemma,
     "paligemma2": lambda: _paligemma(gemma2=True),
     "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "gemma3": _gemma3,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
+    "idefics3": lambda: _idefics(small=False),
+    "smolvlm": lambda: _idefics(small=True),
 }
 
 FAMILIES = tuple(_BUILDERS)

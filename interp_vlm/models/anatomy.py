@@ -86,14 +86,12 @@ class Family:
         prompt: `prompt(processor, question, n_images)`, used where the processor brings no chat template.
         grids: `grids(processor, images, inputs, model_config)`: for each example, the grid of each of its pictures.
         vision_read: `vision_read(model_config)`: the last vision layer whose output the projector reads.
-        picture_rows: `picture_rows(inputs, n_pictures)`: for each image tensor, how many of its rows each picture has;
-            tensors that it does not name have one row per example.
-        nested: the processor wants the pictures as one list per example.
+        picture_rows: `picture_rows(inputs, grids)`: for each image tensor, how many of its rows each picture of the
+            batch has; tensors that it does not name have one row per example.
         prefix: who may see whom before the answer: "causal", "bidirectional" (PaliGemma's prompt) or "image_blocks"
             (Gemma 3's pictures see themselves).
         fusion: "early" (image tokens enter the decoder with the text) or "late" (cross-attention).
         between_layers: vision features are also added to the residual stream between decoder layers.
-        projector_is_tokens: the projector's output rows are the image tokens, in their order.
         decoders: rows that this family adds to `DECODERS`.
     """
 
@@ -102,8 +100,7 @@ class Family:
     prompt: Callable[[Any, str, int], str]
     grids: Callable[[Any, list[list[Image]], Mapping[str, Any], Any], list[list[ImageGrid]]]
     vision_read: Callable[[Any], int]
-    picture_rows: Callable[[Mapping[str, Tensor], int], dict[str, list[int]]] = one_row_each
-    nested: bool = False
+    picture_rows: Callable[[Mapping[str, Tensor], list[ImageGrid]], dict[str, list[int]]] = one_row_each
     decoder: str = "model.language_model"
     layers: str = "model.language_model.layers"
     final_norm: str = "model.language_model.norm"
@@ -114,7 +111,6 @@ class Family:
     prefix: str = "causal"
     fusion: str = "early"
     between_layers: bool = False
-    projector_is_tokens: bool = True
     decoders: Mapping[str, Decoder] | None = None
 
 
@@ -152,7 +148,6 @@ class Anatomy(Decoder):
     prefix: str
     fusion: str
     between_layers: bool
-    projector_is_tokens: bool
     n_layers: int
     n_heads: int
     n_kv_heads: int
@@ -183,7 +178,6 @@ _FROM_FAMILY = (
     "prefix",
     "fusion",
     "between_layers",
-    "projector_is_tokens",
 )
 
 

@@ -15,6 +15,7 @@ from interp_vlm.errors import DataError, ModelError
 from interp_vlm.models.anatomy import Family
 from interp_vlm.models.pictures import Picture, read_picture
 from interp_vlm.tokens.batch import Batch
+from interp_vlm.tokens.grid import ImageGrid
 from interp_vlm.tokens.token_map import build_maps
 
 __all__ = ["encode", "render"]
@@ -69,7 +70,7 @@ def encode(
         if given is not None
         else [render(family, processor, question, len(own)) for question, own in zip(asked, pictures, strict=True)]
     )
-    inputs = _processed(family, processor, pictures, texts, padding)
+    inputs = _processed(processor, pictures, texts, padding)
     grids = family.grids(processor, pictures, inputs, model_config)
     image_token = model_config.image_token_id
     maps = build_maps(
@@ -82,7 +83,7 @@ def encode(
         questions=tuple(asked),
         prompts=tuple(texts),
         padding=padding,
-        image_rows=_image_rows(family, inputs, [len(own) for own in pictures]),
+        image_rows=_image_rows(family, inputs, grids),
     )
 
 
@@ -114,15 +115,13 @@ def _examples(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Im
     return [[read(p) for p in (own if isinstance(own, (list, tuple)) else [own])] for own in owned], asked
 
 
-def _processed(
-    family: Family, processor: Any, pictures: list[list[Image]], texts: list[str], padding: str
-) -> dict[str, torch.Tensor]:
+def _processed(processor: Any, pictures: list[list[Image]], texts: list[str], padding: str) -> dict[str, torch.Tensor]:
     try:
-        return _call(family, processor, pictures, texts, padding)
+        return _call(processor, pictures, texts, padding)
     except (ValueError, TypeError, IndexError) as error:
         for k, (own, text) in enumerate(zip(pictures, texts, strict=True)):
             try:
-                _call(family, processor, [own], [text], padding)
+                _call(processor, [own], [text], padding)
             except (ValueError, TypeError, IndexError) as alone:
                 sizes = ", ".join(f"{p.width}x{p.height}" for p in own) or "none"
                 raise DataError(
@@ -135,15 +134,12 @@ def _processed(
         ) from error
 
 
-def _call(
-    family: Family, processor: Any, pictures: list[list[Image]], texts: list[str], padding: str
-) -> dict[str, torch.Tensor]:
-    flat = list(itertools.chain.from_iterable(pictures))
+def _call(processor: Any, pictures: list[list[Image]], texts: list[str], padding: str) -> dict[str, torch.Tensor]:
     bos = processor.tokenizer.bos_token
     # a chat template that writes <bos> itself must not get a second one from the tokenizer
     plain = {"add_special_tokens": False} if bos and all(text.startswith(bos) for text in texts) else {}
     encoded = processor(
-        images=(pictures if family.nested else flat) if flat else None,
+        images=pictures if any(pictures) else None,
         text=texts,
         padding=True,
         padding_side=padding,
@@ -151,6 +147,8 @@ def _call(
         **plain,
     )
     arrays = {name: np.asarray(value) for name, value in encoded.items() if name != "labels"}
+    if "batch_num_images" in arrays:  # LLaVA-OneVision leaves out examples without pictures
+        arrays["batch_num_images"] = np.asarray([len(own) for own in pictures])
     return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
 
@@ -165,17 +163,17 @@ def _keys(inputs: dict[str, torch.Tensor], pictures: list[list[Image]], processo
 
 
 def _image_rows(
-    family: Family, inputs: dict[str, torch.Tensor], counts: list[int]
+    family: Family, inputs: dict[str, torch.Tensor], grids: list[list[ImageGrid]]
 ) -> tuple[dict[str, tuple[int, int]], ...]:
     """For each example, which rows [start, stop) of each image tensor are its own."""
-    rows: list[dict[str, tuple[int, int]]] = [{} for _ in counts]
-    for name, per_picture in family.picture_rows(inputs, sum(counts)).items():
+    rows: list[dict[str, tuple[int, int]]] = [{} for _ in grids]
+    for name, per_picture in family.picture_rows(inputs, [grid for own in grids for grid in own]).items():
         ends = [0, *itertools.accumulate(per_picture)]
         if ends[-1] != len(inputs[name]):
             found, stated = len(inputs[name]), f"{ends[-1]}, as family {family.name!r} says"
             raise ModelError(f"{name} has {found} rows", expected=stated)
         first = 0
-        for row, count in zip(rows, counts, strict=True):
-            row[name] = (ends[first], ends[first + count])
-            first += count
+        for row, own in zip(rows, grids, strict=True):
+            row[name] = (ends[first], ends[first + len(own)])
+            first += len(own)
     return tuple(rows)

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from interp_vlm.errors import ModelError
-from interp_vlm.tokens.grid import Geometry
+from interp_vlm.tokens.grid import Geometry, ImageGrid
 
-__all__ = ["canvas_of", "edges", "one_row_each"]
+__all__ = ["canvas_of", "edges", "one_row_each", "squared"]
 
 
 def edges(size: Any) -> dict[str, int]:
@@ -34,25 +34,29 @@ def canvas_of(images: Any, size: tuple[int, int], pixels: tuple[int, int]) -> Ge
     Raises:
         ModelError: if the processor's settings do not explain what it returned.
     """
-    width, height = size
     padded = type(images).__name__.startswith("LlavaImageProcessor") and bool(images.do_pad)
-    square = (max(size), max(size)) if padded else size
-    resized = _resized(images, square) if images.do_resize else square
-    scale = (resized[0] / square[0], resized[1] / square[1])
-    offset = (scale[0] * ((square[0] - width) // 2), scale[1] * ((square[1] - height) // 2))
-    geometry = Geometry(size, resized, scale, offset)
+    shape = (max(size), max(size)) if padded else size
+    to = _resized(images, shape) if images.do_resize else shape
+    geometry = squared(size, to[0]) if padded else Geometry.resize(size, to)
     if getattr(images, "do_center_crop", False):
         cut = edges(images.crop_size)
-        crop = (cut["width"], cut["height"])
-        left, top = ((have - want) // 2 for have, want in zip(resized, crop, strict=True))
-        geometry = geometry.window(left, top, *crop)
+        left, top = (to[0] - cut["width"]) // 2, (to[1] - cut["height"]) // 2
+        geometry = geometry.window(left, top, cut["width"], cut["height"])
     if geometry.canvas != pixels:
         raise ModelError(
-            f"{type(images).__name__} turned a picture of {width}x{height} into {pixels[0]}x{pixels[1]} pixels",
+            f"{type(images).__name__} turned a picture of {size[0]}x{size[1]} into {pixels[0]}x{pixels[1]} pixels",
             expected=f"{geometry.canvas[0]}x{geometry.canvas[1]} from its settings",
             remedy="give this processor's family a grid rule of its own (docs: how to add a family)",
         )
     return geometry
+
+
+def squared(size: tuple[int, int], side: int) -> Geometry:
+    """The picture in the middle of a square as wide as its longer edge, resized to `side`."""
+    longest = max(size)
+    scale = side / longest
+    offset = (scale * ((longest - size[0]) // 2), scale * ((longest - size[1]) // 2))
+    return Geometry(size, (side, side), (scale, scale), offset)
 
 
 def _resized(images: Any, size: tuple[int, int]) -> tuple[int, int]:
@@ -66,6 +70,6 @@ def _resized(images: Any, size: tuple[int, int]) -> tuple[int, int]:
     return (shortest, longest) if width <= height else (longest, shortest)
 
 
-def one_row_each(inputs: Mapping[str, Tensor], n_pictures: int) -> dict[str, list[int]]:
+def one_row_each(inputs: Mapping[str, Tensor], grids: list[ImageGrid]) -> dict[str, list[int]]:
     """Rows that each picture has in the image tensors, where every tensor has one row per picture."""
-    return {name: [1] * n_pictures for name in ("pixel_values", "image_sizes") if name in inputs}
+    return {name: [1] * len(grids) for name in ("pixel_values", "image_sizes") if name in inputs}

@@ -40,10 +40,11 @@ def grids(
         height, width = inputs["pixel_values"].shape[-2:]
         rows, cols = height // patch, width // patch
         geometry = canvas_of(processor.image_processor, image.size, (width, height))
-        patches = grid_from_geometry(geometry, rows, cols, patch, vision_rows=tower_rows(rows, cols, start=classes))
-        if not whole:
-            return patches
-        return replace(join_grids([classes, patches]), vision_rows=np.arange(classes + rows * cols)[:, None])
+        feeding = tower_rows(rows, cols, start=classes)
+        patches = grid_from_geometry(geometry, rows, cols, patch, vision_rows=feeding)
+        found = join_grids([classes, patches]) if whole else patches
+        total = classes + rows * cols
+        return replace(found, vision_rows=np.arange(total)[:, None] if whole else feeding, vision_total=total)
 
     return [[grid(image) for image in own] for own in images]
 

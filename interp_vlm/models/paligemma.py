@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
@@ -29,7 +30,8 @@ def grids(
         height, width = inputs["pixel_values"].shape[-2:]
         rows, cols = height // patch, width // patch
         geometry = canvas_of(processor.image_processor, image.size, (width, height))
-        return grid_from_geometry(geometry, rows, cols, patch, vision_rows=tower_rows(rows, cols))
+        found = grid_from_geometry(geometry, rows, cols, patch, vision_rows=tower_rows(rows, cols))
+        return replace(found, vision_total=rows * cols)
 
     return [[grid(image) for image in own] for own in images]
 

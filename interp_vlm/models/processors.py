@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import types
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,9 @@ def still(processor_class: type) -> type:
         return parent.__call__(self, *args, **kwargs)
 
     body = {
+        "__init__": _without_video(parent.__init__),
+        # SmolVLM's chat template asks for these even without a video
+        "video_processor": types.SimpleNamespace(num_frames=None, fps=None),
         "get_attributes": classmethod(lambda cls: list(kept)),
         "__call__": functools.wraps(parent.__call__)(call),
         "__module__": parent.__module__,
@@ -84,6 +88,21 @@ def still(processor_class: type) -> type:
         "__qualname__": parent.__qualname__,
     }
     return type(parent.__name__, (parent,), body)
+
+
+def _without_video(init: Any) -> Any:
+    """The same `__init__` with a video processor that may be left out, wherever it stands in the signature.
+
+    SmolVLM's also demands num2words, which spells numbers in video prompts alone: its copy believes to have it.
+    """
+    scope = init.__globals__
+    if scope.get("num2words", ()) is None:
+        scope = {**scope, "num2words": "not needed for pictures"}
+    given = init.__defaults__ or ()
+    defaults = (None,) * (init.__code__.co_argcount - 1 - len(given)) + given
+    copy = types.FunctionType(init.__code__, scope, init.__name__, defaults, init.__closure__)
+    copy.__doc__ = init.__doc__
+    return copy
 
 
 def _class_name(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | None:
@@ -105,7 +124,7 @@ def _class_name(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | N
         config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs.get("trust_remote_code", False), **where)
     except (OSError, ValueError):
         return None
-    implied = PROCESSOR_MAPPING.get(type(config), None)
+    implied: Any = PROCESSOR_MAPPING.get(type(config), None)
     return None if implied is None else implied.__name__
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from PIL.Image import Image
@@ -20,12 +21,11 @@ def prompt(processor: Any, question: str, n_images: int) -> str:
     return f"<|im_start|>user\n{pictures}{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def picture_rows(inputs: Mapping[str, Tensor], n_pictures: int) -> dict[str, list[int]]:
+def picture_rows(inputs: Mapping[str, Tensor], grids: list[ImageGrid]) -> dict[str, list[int]]:
     """`pixel_values` holds the patches of all pictures one after another, `image_grid_thw` one row per picture."""
     if "image_grid_thw" not in inputs:
         return {}
-    patches = inputs["image_grid_thw"].prod(dim=1).tolist()
-    return {"pixel_values": patches, "image_grid_thw": [1] * n_pictures}
+    return {"pixel_values": inputs["image_grid_thw"].prod(dim=1).tolist(), "image_grid_thw": [1] * len(grids)}
 
 
 def grids(
@@ -40,7 +40,8 @@ def grids(
         geometry = Geometry.resize(image.size, (wide * patch, high * patch))
         rows, cols = high // merge, wide // merge
         feeding = tower_rows(rows, cols, merge, grouped=True)
-        return grid_from_geometry(geometry, rows, cols, patch * merge, vision_rows=feeding)
+        found = grid_from_geometry(geometry, rows, cols, patch * merge, vision_rows=feeding)
+        return replace(found, vision_total=high * wide)
 
     return [[grid(image) for image in own] for own in images]
 

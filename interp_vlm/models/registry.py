@@ -14,7 +14,19 @@ __all__ = ["ENTRY_POINTS", "families", "family_for", "register"]
 ENTRY_POINTS = "interp_vlm.families"
 """Entry-point group through which other packages add a `Family` or a list of them."""
 
-_BUILT_IN = ("llava", "llava_next", "paligemma", "qwen2_vl")
+_BUILT_IN = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "paligemma",
+    "gemma3",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "internvl",
+    "idefics3",
+    "smolvlm",
+)
 _table: dict[str, Family] = {}
 _complete = False
 

@@ -169,13 +169,12 @@ def grid_from_geometry(
         vision_rows: see `tower_rows`.
     """
     width, height = patch_px if isinstance(patch_px, tuple) else (patch_px, patch_px)
-    row, col = np.divmod(np.arange(rows * cols), max(cols, 1))
-    boxes = np.full((rows * cols, 4), np.nan)
-    for i in range(rows * cols):
-        x0, y0 = geometry.to_picture(col[i] * width, row[i] * height)
-        x1, y1 = geometry.to_picture((col[i] + 1) * width, (row[i] + 1) * height)
-        if x1 - x0 > THINNEST and y1 - y0 > THINNEST:
-            boxes[i] = x0, y0, x1, y1
+    xs = np.array([geometry.to_picture(col * width, 0)[0] for col in range(cols + 1)])
+    ys = np.array([geometry.to_picture(0, row * height)[1] for row in range(rows + 1)])
+    row, col = (axis.ravel() for axis in np.indices((rows, cols)))
+    boxes = np.stack([xs[col], ys[row], xs[col + 1], ys[row + 1]], axis=1)
+    unseen = (boxes[:, 2:] - boxes[:, :2] <= THINNEST).any(axis=1)
+    boxes[unseen] = np.nan
     cells, views = np.stack([row, col], axis=1), np.full(rows * cols, view)
     return ImageGrid(rows, cols, geometry.size, boxes, cells, views, vision_rows)
 
