@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
+from interp_vlm.interventions.cache import Cache
 from interp_vlm.sites import Site, site
 from interp_vlm.tokens import select
 from interp_vlm.tokens.select import Selector
@@ -32,6 +35,7 @@ When = Literal["prompt", "generated", "both"]
 
 # Fields without which a repr would not say what an intervention does.
 _ALWAYS = ("site", "queries", "keys", "layers", "to")
+_INDICES = frozenset({"layers", "heads", "units"})
 
 
 class Place(Protocol):
@@ -59,7 +63,7 @@ class Place(Protocol):
 
 
 def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
-    """Turn an int, a range, a list or "all" into sorted, non-negative indices.
+    """Turn an int, a range, a list or "all" into non-negative indices, in the order in which they are named.
 
     Args:
         spec: the indices asked for; negative ones count from the end.
@@ -78,8 +82,11 @@ def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
             return tuple(range(count))
         raise InterventionError(f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'")
     try:
-        wanted = [int(spec)] if isinstance(spec, int) else [int(index) for index in spec]
-    except (TypeError, ValueError):
+        given = list(spec) if isinstance(spec, Iterable) else [spec]
+        wanted = [operator.index(index) for index in given]
+        if any(isinstance(index, bool) for index in given):
+            raise TypeError("a mask is no list of numbers")
+    except TypeError:
         raise InterventionError(
             f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'", remedy=f"name {what}s by number"
         ) from None
@@ -97,23 +104,31 @@ def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
         )
     if len(set(found)) < len(found):
         raise InterventionError(f"{what}s={spec!r} names one twice", expected="each at most once")
-    return tuple(sorted(found))
+    return tuple(found)
+
+
+def kept(spec: Any) -> Any:
+    """A copy of an index spec that neither runs out, as a generator does, nor changes with the caller's list."""
+    if isinstance(spec, str | range | tuple) or not isinstance(spec, Iterable) or getattr(spec, "ndim", 1) == 0:
+        return spec
+    return list(spec.tolist() if hasattr(spec, "tolist") else spec)  # type: ignore[attr-defined]
 
 
 def fingerprint(value: Any) -> Any:
     """A hashable stand-in for a field, so that interventions that hold tensors still compare as values."""
     if isinstance(value, Tensor):
         data = value.detach().cpu().contiguous()
-        return (
-            tuple(data.shape),
-            str(data.dtype),
-            hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest(),
-        )
+        content = data.flatten().view(torch.uint8).numpy().tobytes()
+        return tuple(data.shape), str(data.dtype), hashlib.sha256(content).hexdigest()
+    if isinstance(value, np.ndarray):
+        return fingerprint(torch.from_numpy(value))
+    if isinstance(value, Cache):
+        return fingerprint((value.activations, value.layers, value.positions))
     if isinstance(value, Mapping):
         return tuple((key, fingerprint(item)) for key, item in value.items())
     if isinstance(value, list | tuple | range):
         return tuple(fingerprint(item) for item in value)
-    return value
+    return frozenset(value) if isinstance(value, set) else value
 
 
 def brief(value: Any) -> str:
@@ -136,6 +151,8 @@ class Intervention:
     allow_empty: bool = False
 
     def __post_init__(self) -> None:
+        for name in _INDICES & self._fields().keys():
+            object.__setattr__(self, name, kept(getattr(self, name)))
         if self.during not in ("prompt", "generated", "both"):
             raise InterventionError(f"during={self.during!r}", expected="'prompt', 'generated' or 'both'")
 
@@ -150,10 +167,11 @@ class Intervention:
         raise NotImplementedError
 
     def apply(self, vlm: VLM) -> None:
-        """Act inside a native `with vlm.trace(batch):` block, at this point of the forward pass.
+        """Act inside a native `with vlm.trace(batch):` block: in the first layer at this point of the forward pass, in
+        further layers when the model reaches them, beside the rest of the block.
 
         Means and donors are then taken from the live values, since no run without interventions exists.
-        Interventions must be applied in the model's own order, as nnsight asks of every access.
+        First layers must come in the model's own order, as nnsight asks of every access.
 
         Raises:
             InterventionError: outside a trace, or for a selector that needs evidence of an earlier run.
@@ -161,20 +179,22 @@ class Intervention:
         vlm._apply_live(self)
 
     def _fields(self) -> dict[str, Any]:
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and fingerprint(self._fields()) == fingerprint(other._fields())  # type: ignore[attr-defined]
 
     def __hash__(self) -> int:
-        return hash((type(self).__name__, fingerprint({k: str(v) for k, v in self._fields().items()})))
+        return hash((type(self).__name__, fingerprint(self._fields())))
 
     def __repr__(self) -> str:
         defaults = {item.name: item.default for item in dataclasses.fields(self)}
         shown = [
             f"{name}={brief(value)}"
             for name, value in self._fields().items()
-            if name in _ALWAYS or isinstance(value, Tensor) or defaults.get(name) is not value
+            if name in _ALWAYS
+            or defaults[name] is dataclasses.MISSING
+            or fingerprint(value) != fingerprint(defaults[name])
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
@@ -255,6 +275,3 @@ class CellIntervention(Intervention):
             head_mask[list(indices(self.heads, shape[0], "head"))] = True
             chosen &= head_mask[:, None]
         return chosen
-
-    def _fields(self) -> dict[str, Any]:
-        return {name: value for name, value in super()._fields().items() if name != "_selector"}

@@ -96,6 +96,3 @@ class AttentionKnockout(Intervention):
                 remedy="leave the position itself out of keys, for example keys=... - select.last",
             )
         return blocked
-
-    def _fields(self) -> dict[str, Any]:
-        return {name: value for name, value in super()._fields().items() if name not in ("_queries", "_keys")}

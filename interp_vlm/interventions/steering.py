@@ -49,6 +49,10 @@ class Steering(CellIntervention):
         scale: float = 1.0,
         **common: Any,
     ) -> None:
+        if not isinstance(direction, Tensor):
+            raise InterventionError(
+                f"direction is a {type(direction).__name__}", expected="a tensor", remedy="use torch.as_tensor"
+            )
         object.__setattr__(self, "direction", direction)
         object.__setattr__(self, "scale", scale)
         super().__init__(site, layers, positions, heads, units, **common)
