@@ -11,10 +11,10 @@ from nnsight import NNsight
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
-from interp_vlm.engine.full import LOCK, visit
+from interp_vlm.engine.full import alone, alongside, visit
 from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.plan import Plan, plan
-from interp_vlm.engine.receipts import Receipt
+from interp_vlm.engine.receipts import Receipt, refuse_without_effect
 from interp_vlm.engine.runner import Engine, Outcome
 from interp_vlm.engine.sweep import Sweep, grouped
 from interp_vlm.errors import InterventionError
@@ -221,7 +221,7 @@ class VLM:
         """A real nnsight trace of the model on a batch, for everything that the vocabulary does not say.
 
         Inside the block, `vlm.site(name, layer)` reads a site and `intervention.apply(vlm)` edits one, in the model's
-        own order, next to any nnsight code on `vlm.nnsight`.
+        own order, next to any nnsight code on `vlm.nnsight`. The block ends before another run can begin.
 
         Example:
             >>> import interp_vlm as iv
@@ -265,7 +265,7 @@ class VLM:
             )
         batch = self._traced[-1]
         needs = {name for selector in intervention.selectors for name in selector.needs}
-        known = self._engine._clean.get(batch)
+        known = self._engine.known(batch)
         evidence = known.evidence if known else {}
         missing = sorted(needs - set(evidence))
         if missing:
@@ -275,10 +275,18 @@ class VLM:
                 remedy="call vlm.positions(batch, selector) before the block",
             )
         place = resolve(intervention, batch, self.anatomy, evidence)
-        for layer in place.layers:
+        access, first, *later = self._engine.access, *sorted(place.layers)
+
+        def act(layer: int) -> None:
             if isinstance(intervention, CellIntervention) and intervention.needs_clean:
-                place.clean_values[layer] = self._engine.access.read(place.site.name, layer)
-            visit(self._engine.access, place.site.name, layer, [place])
+                place.clean_values[layer] = access.read(place.site.name, layer)
+            visit(access, place.site.name, layer, [place])
+            if layer == max(place.layers):
+                refuse_without_effect([place])
+
+        act(first)
+        if later:
+            alongside(self.nnsight, lambda: [act(layer) for layer in later])
 
     def __repr__(self) -> str:
         a = self.anatomy
@@ -322,7 +330,7 @@ class _Tracer(InterleavingTracer):
     batch: Batch
 
     def execute(self, code: Any) -> None:
-        with LOCK:
+        with alone("a trace"):
             self.vlm._traced.append(self.batch)
             try:
                 super().execute(code)

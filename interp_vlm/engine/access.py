@@ -28,7 +28,6 @@ class AttentionInputs:
         keep: the mask, True where attention is allowed, or None when the module was left to be causal by itself.
         cos, sin: rotary position embeddings.
         q, k, v: outputs of the projections, before q/k norms and rotary embedding.
-        weights: the module's own attention weights, where it returns them (eager).
     """
 
     keep: Bool[Tensor, "batch heads query key"] | None
@@ -37,7 +36,6 @@ class AttentionInputs:
     q: Float[Tensor, "batch pos width"]
     k: Float[Tensor, "batch pos width"]
     v: Float[Tensor, "batch pos width"]
-    weights: Float[Tensor, "batch head query key"] | None = None
 
 
 class Access:
@@ -135,10 +133,9 @@ class Access:
 
     def _write_attn_mask(self, layer: int, value: Tensor) -> None:
         args, kwargs = self._attn(layer).inputs
-        found, hidden = kwargs["attention_mask"], kwargs["hidden_states"]
+        found = kwargs["attention_mask"]
         # A mask of the caller's own kind: boolean for sdpa, additive for eager.
-        additive = found is not None and found.dtype != torch.bool
-        mask = as_additive(value, hidden.dtype) if additive else value
+        mask = value if found is None or found.dtype == torch.bool else as_additive(value, found)
         self._attn(layer).inputs = (args, {**kwargs, "attention_mask": mask})
 
     def read_attention(self, layer: int) -> AttentionInputs:
@@ -148,10 +145,6 @@ class Access:
         keep = None if found is None else as_keep(found, kwargs["hidden_states"], None, layer)
         q, k, v = (self._attn(layer, name).output for name in (self.anatomy.q, self.anatomy.k, self.anatomy.v))
         return AttentionInputs(keep, cos, sin, q, k, v)
-
-    def read_weights(self, layer: int) -> Tensor | None:
-        """The attention weights that the module itself returned (eager only)."""
-        return self._attn(layer).output[1]
 
     # -- image side ------------------------------------------------------------------------------------------------
 
@@ -205,9 +198,9 @@ def as_keep(found: Tensor | None, hidden: Tensor, past: Any, layer: int) -> Bool
     return found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
 
 
-def as_additive(keep: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """A boolean mask as the additive one that eager attention expects (blocked = the dtype's lowest value)."""
-    return torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, torch.finfo(dtype).min)
+def as_additive(keep: Bool[Tensor, "*shape"], found: Float[Tensor, "*found"]) -> Float[Tensor, "*shape"]:
+    """An additive mask with everything outside `keep` blocked by its dtype's lowest value, any bias inside kept."""
+    return torch.where(keep, found, torch.finfo(found.dtype).min)
 
 
 def _first(value: Any) -> Tensor:

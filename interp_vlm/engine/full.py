@@ -8,13 +8,15 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from nnsight import NNsight
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch import Tensor
 
 from interp_vlm.engine.access import Access, AttentionInputs
@@ -22,10 +24,32 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
 from interp_vlm.sites import SITES
 
-__all__ = ["LOCK", "Program", "Recording", "forward", "generate", "visit"]
+__all__ = ["Program", "Recording", "alone", "alongside", "forward", "generate", "visit"]
 
 # nnsight's interleaver and Python's trace function belong to one run at a time.
-LOCK = threading.RLock()
+_LOCK = threading.RLock()
+_running: list[str] = []
+
+
+@contextmanager
+def alone(what: str) -> Iterator[None]:
+    """Hold back the runs of other threads, and refuse a run inside a run.
+
+    Raises:
+        InterventionError: when this thread is inside a trace already.
+    """
+    with _LOCK:
+        if _running:
+            raise InterventionError(
+                f"{what} inside {_running[-1]}, which is still running",
+                expected="one run after another",
+                remedy="make this run before or after the block",
+            )
+        _running.append(what)
+        try:
+            yield
+        finally:
+            _running.pop()
 
 
 @dataclass
@@ -83,7 +107,7 @@ def forward(root: NNsight, access: Access, inputs: Mapping[str, Tensor], program
     """
     recording = Recording()
     stops = program.visits()
-    with LOCK, torch.no_grad(), root.trace(**dict[str, Any](inputs)):
+    with alone("a run"), torch.no_grad(), root.trace(**dict[str, Any](inputs)):
         _walk(access, program, stops, recording)
         recording.logits = access.read_logits()
     return recording
@@ -112,6 +136,23 @@ def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace])
         value = edit.edit(value, layer)
     access.write(site, layer, value)
     return value
+
+
+def alongside(root: NNsight, act: Callable[[], object]) -> None:
+    """Run `act` beside the block of the trace that is running.
+
+    It waits for the model by itself, so that the block can go on with what lies between; where both wait for the same
+    value, it comes first. What `act` asks for must lie ahead of the model; it ends quietly if the block stops the run.
+    """
+
+    def until_stopped() -> None:
+        with suppress(OutOfOrderError):
+            act()
+
+    block, workers = Mediator.current("alongside"), root.interleaver.mediators
+    worker = Mediator(compile("act()", "<alongside>", "exec"), {"act": until_stopped}, {})
+    workers.insert(workers.index(block), worker)
+    worker.start(root.interleaver)
 
 
 def generate(
@@ -144,7 +185,7 @@ def generate(
     programs = [_during(edits, step) for step in (0, 1)]
     # The first pass is served without a loop; later ones only when something acts there.
     last = steps if programs[1].edits else 1
-    with LOCK, torch.no_grad(), warnings.catch_warnings():
+    with alone("a generation"), torch.no_grad(), warnings.catch_warnings():
         # Generation may end before the last step; that is no fault of the loop.
         warnings.filterwarnings("ignore", message=".*was never reached.*")
         with root.trace(fn=capture, **dict[str, Any](inputs)) as tracer:
@@ -181,12 +222,6 @@ class GeneratedPlace(ResolvedPlace):
         if self.keys is not None and self.keys.shape[1] < value.shape[-1]:
             new = value.shape[-1] - self.keys.shape[1]
             self.keys = torch.cat([self.keys, self.keys.new_zeros(len(self.keys), new)], dim=1)
-        elif self.keys is not None and self.keys.shape[1] > value.shape[-1]:
-            raise InterventionError(
-                f"layer {layer} keeps {value.shape[-1]} of {self.keys.shape[1]} keys in generation (sliding window)",
-                expected="a layer with full attention",
-                remedy="restrict layers= to the layers with full attention, or use during='prompt'",
-            )
         return super().edit(value, layer)
 
 

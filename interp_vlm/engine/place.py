@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,16 @@ from interp_vlm.tokens.batch import Batch
 from interp_vlm.tokens.select import Selector
 from interp_vlm.tokens.token_map import TokenMap
 
-__all__ = ["Evidence", "ResolvedPlace", "Rows", "layers_of", "padded_positions", "resolve", "selected"]
+__all__ = [
+    "Evidence",
+    "ResolvedPlace",
+    "Rows",
+    "layers_of",
+    "padded_positions",
+    "picture_spans",
+    "resolve",
+    "selected",
+]
 
 Evidence = Mapping[str, Tensor]  # (batch, pos) scores by name: what selectors such as `top` and `sinks` read
 
@@ -71,6 +81,7 @@ class ResolvedPlace:
 
     def edit(self, value: Shaped[Tensor, "..."], layer: int) -> Shaped[Tensor, "..."]:
         """The value of the site with this intervention made in it, and the number of cells that changed noted."""
+        self._refuse_other_rows(value)
         if isinstance(self.intervention, AttentionKnockout):
             assert self.keys is not None
             new = self.intervention.block(value, self.selected, self.keys, self.n_heads)
@@ -84,6 +95,19 @@ class ResolvedPlace:
         rows = self.intervention.rewrite(old, layer, self)
         self.changed += int((rows != old).sum())
         return self.rows.put(value, rows)
+
+    def _refuse_other_rows(self, value: Shaped[Tensor, "..."]) -> None:
+        """A pass over other rows than those of the batch (beams, no key-value cache) must not be edited half."""
+        if self.site.part == "vision":
+            return
+        batch, rows = self.selected.shape
+        found = (len(value), value.shape[-2]) if self.site.name == "attn_mask" else tuple(value.shape[:2])
+        if found != (batch, rows) and not (self.site.name == "attn_mask" and found == (1, rows)):
+            raise InterventionError(
+                f"the model computes {found[0]} x {found[1]} rows where {self.intervention!r} acts",
+                expected=f"{batch} x {rows}, one row of the batch for each example",
+                remedy="generate without beams or several sequences per prompt, and with the key-value cache",
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +133,8 @@ class Rows:
             _refuse_text(batch, site, selected)
         if site.part != "vision":
             return cls(selected.nonzero(as_tuple=True), tuple(selected.sum(1).tolist()))
-        total = value.shape[:-1].numel()
-        per_example = [_vision_rows(batch, row, selected[row], total) for row in range(len(batch))]
+        spans = picture_spans(batch, value)
+        per_example = [_vision_rows(batch, row, selected[row], spans[row]) for row in range(len(batch))]
         return cls((torch.cat(per_example).to(value.device),), tuple(len(rows) for rows in per_example))
 
     def take(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "row ..."]:
@@ -137,36 +161,52 @@ def _refuse_text(batch: Batch, site: Site, selected: Tensor) -> None:
             )
 
 
-def _vision_rows(batch: Batch, example: int, selected: Tensor, total: int) -> Int[Tensor, " row"]:
+def picture_spans(batch: Batch, value: Shaped[Tensor, "..."]) -> list[list[tuple[int, int]]]:
+    """For each example, which rows [start, stop) of the vision tower's output belong to each of its pictures.
+
+    Args:
+        batch: the encoded examples; the tower sees their pictures one after another.
+        value: the output of a tower layer, (picture or tile, patch, d) or (patch of all pictures, d).
+
+    Raises:
+        SelectionError: when the rows of a picture are not known.
+    """
+    total, pictures = value.shape[:-1].numel(), sum(len(tokens.grids) for tokens in batch.tokens)
+    # A grid that does not know has a share only where the tower has one entry for each picture.
+    share = total // pictures if value.dim() == 3 and len(value) == pictures else -1
+    start, spans = 0, []
+    for tokens in batch.tokens:
+        widths = [share if grid.vision_total is None else grid.vision_total for grid in tokens.grids]
+        ends = list(itertools.accumulate(widths, initial=start))
+        spans.append(list(itertools.pairwise(ends)))
+        start = ends[-1]
+    if start != total or any(stop <= begin for own in spans for begin, stop in own):
+        raise SelectionError(
+            f"which of the {total} rows of the vision tower belong to which of {pictures} pictures is not known",
+            expected="a family whose grids state vision_total",
+            remedy="edit or capture 'projector_out' instead, or take one picture at a time",
+        )
+    return spans
+
+
+def _vision_rows(batch: Batch, example: int, selected: Tensor, spans: list[tuple[int, int]]) -> Int[Tensor, " row"]:
     """The vision tower's rows that feed the selected image tokens; all rows of a picture selected whole."""
     tokens = batch.tokens[example]
-    start, stop = batch.image_rows[example].get("pixel_values", (example, example + 1))
-    per_pixel_row, left = divmod(total, batch.inputs["pixel_values"].shape[0])
-    if left:
-        raise SelectionError(
-            f"the vision tower gives {total} rows for {batch.inputs['pixel_values'].shape[0]} entries of pixel_values",
-            expected="the same number for each",
-            remedy="edit 'projector_out' instead, or encode pictures that split into equally many tiles",
-        )
-    start, stop = start * per_pixel_row, stop * per_pixel_row
-    own = selected.cpu()[tokens.image_index >= 0]
-    if bool(own.all()):
-        return torch.arange(start, stop)
-    found = []
-    for number, grid in enumerate(tokens.grids):
+    found = [torch.empty(0, dtype=torch.long)]
+    for number, (grid, (start, stop)) in enumerate(zip(tokens.grids, spans, strict=True)):
         chosen = selected.cpu()[tokens.picture_tokens(number)]
-        if grid.vision_rows is None:
+        if bool(chosen.all()):
+            found.append(torch.arange(start, stop))
+        elif grid.vision_rows is not None:
+            fed = torch.from_numpy(grid.vision_rows)[chosen].flatten()
+            found.append(fed[fed >= 0].unique() + start)  # -1: a separator, which no row feeds
+        elif bool(chosen.any()):
             raise SelectionError(
                 f"which rows of the vision tower feed a single token is not known for example {example}",
                 expected="a selection of whole pictures",
                 remedy="use positions='image', or edit 'projector_out' instead",
             )
-        equal = all(other.n == grid.n for other in tokens.grids)
-        width = (stop - start) // len(tokens.grids) if equal else grid.vision_rows.size
-        fed = torch.from_numpy(grid.vision_rows)[chosen].flatten()
-        found.append(fed[fed >= 0] + start)  # -1: a separator, which no row feeds
-        start += width
-    return torch.cat(found).sort().values
+    return torch.cat(found)
 
 
 def _flat(value: Tensor) -> Tensor:
@@ -205,7 +245,9 @@ def padded_positions(mask: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, "batc
     return positions, real
 
 
-def resolve(intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence: Evidence) -> ResolvedPlace:
+def resolve(
+    intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence: Evidence, *, generating: bool = False
+) -> ResolvedPlace:
     """Find where an intervention acts in a batch, and refuse one that cannot reach the answer.
 
     Args:
@@ -213,6 +255,7 @@ def resolve(intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence
         batch: the encoded examples.
         anatomy: the model's facts.
         evidence: scores per position for selectors that need them.
+        generating: whether tokens are generated after the prompt.
 
     Raises:
         InterventionError: for layers or heads out of range, a selection that is empty in some example, an edit that
@@ -223,6 +266,12 @@ def resolve(intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence
     heads = getattr(intervention, "heads", None)
     if heads is not None:
         indices(heads, anatomy.n_heads, "head")
+    if intervention.during == "generated" and not generating:
+        raise InterventionError(
+            f"{intervention!r} acts on generated tokens, and a single run generates none",
+            expected="during='prompt' or 'both'",
+            remedy="or use vlm.generate",
+        )
     if site.part != "decoder" and intervention.during != "prompt":
         raise InterventionError(
             f"{intervention!r} acts on generated tokens, which have no picture", expected="during='prompt'"

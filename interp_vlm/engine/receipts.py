@@ -16,8 +16,14 @@ from interp_vlm.engine.place import ResolvedPlace, padded_positions
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import indices
 from interp_vlm.interventions.knockout import AttentionKnockout
+from interp_vlm.models.anatomy import Anatomy
 
-__all__ = ["Receipt", "issue", "program", "refuse_without_effect"]
+__all__ = ["Receipt", "issue", "program", "refuse_sliding", "refuse_without_effect"]
+
+_BESIDES = (
+    "this model also adds vision features between its first decoder layers, which this edit does not reach "
+    "(an edit of 'vision_post' in the tower's first layers reaches both)"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,7 @@ class Receipt:
         logit_change: largest change of a logit at the answer position, of all interventions of the run together.
         plan: the engine's plan.
         dtype: the model's dtype.
+        note: what the intervention does not reach, in words; mostly empty.
     """
 
     intervention: str
@@ -48,6 +55,7 @@ class Receipt:
     logit_change: float
     plan: str
     dtype: str
+    note: str = ""
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -63,22 +71,48 @@ class Receipt:
         return (
             f"{self.intervention}: {self.changed} {self.unit} changed in layers {list(self.layers)}{proof}, "
             f"logits moved by up to {self.logit_change:.3g} ({self.plan}, {self.dtype})"
+            + (f"; {self.note}" if self.note else "")
         )
 
 
 def refuse_without_effect(edits: Sequence[ResolvedPlace]) -> None:
-    """Refuse a knockout that found every edge blocked already (the future, in a causal model).
+    """Refuse a knockout that found every edge blocked already (the future, in a causal model), and an edit of the
+    vision tower at tokens that no row of it feeds (newlines).
 
     Raises:
         InterventionError: unless the intervention allows it.
     """
     for edit in edits:
-        blocked_nothing = isinstance(edit.intervention, AttentionKnockout) and edit.changed == 0
-        if blocked_nothing and not edit.intervention.allow_empty and edit.intervention.during == "prompt":
+        if edit.intervention.allow_empty or edit.intervention.during != "prompt":
+            continue
+        if edit.site.part == "vision" and edit.rows is not None and not any(edit.counts):
+            raise InterventionError(
+                f"{edit.intervention!r} selects image tokens that no row of the vision tower feeds",
+                expected="tokens with a place in the picture",
+                remedy="edit 'projector_out' instead, or pass allow_empty=True",
+            )
+        if isinstance(edit.intervention, AttentionKnockout) and edit.changed == 0:
             raise InterventionError(
                 f"{edit.intervention!r} blocks no edge: the model attends none of them anyway",
                 expected="queries that come after their keys, where attention is causal",
                 remedy="swap queries and keys, or pass allow_empty=True",
+            )
+
+
+def refuse_sliding(edits: Sequence[ResolvedPlace], anatomy: Anatomy, length: int) -> None:
+    """Refuse knockouts on generated tokens in layers whose key-value cache drops the first positions of the prompt.
+
+    Raises:
+        InterventionError: when a sliding window of such a layer is shorter than the generated text may get.
+    """
+    for edit in edits:
+        sliding = [layer for layer in edit.layers if anatomy.layer_kinds[layer] == "sliding_attention"]
+        acts = isinstance(edit.intervention, AttentionKnockout) and edit.intervention.during != "prompt"
+        if acts and sliding and anatomy.sliding_window is not None and length > anatomy.sliding_window:
+            raise InterventionError(
+                f"layers {sliding} forget positions beyond {anatomy.sliding_window} while {length} are generated",
+                expected="layers with full attention for a knockout on generated tokens",
+                remedy="restrict layers=, generate fewer tokens, or use during='prompt'",
             )
 
 
@@ -103,7 +137,8 @@ def issue(
         mass, unexplained = None, None
         if isinstance(edit.intervention, AttentionKnockout):
             found = [_blocked_mass(edit, layer, recording, access) for layer in edit.layers]
-            mass, unexplained = max(pair[0] for pair in found), max(pair[1] for pair in found)
+            mass = max(mass for mass, _ in found)
+            unexplained = max((gap for _, gap in found if gap is not None), default=None)
         receipts.append(
             Receipt(
                 intervention=repr(edit.intervention),
@@ -116,18 +151,19 @@ def issue(
                 logit_change=logit_change,
                 plan=plan,
                 dtype=str(recording.logits.dtype).removeprefix("torch."),
+                note=_BESIDES if edit.site.part == "projector" and access.anatomy.between_layers else "",
             )
         )
     return tuple(receipts)
 
 
-def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access: Access) -> tuple[float, float]:
+def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access: Access) -> tuple[float, float | None]:
     knockout, inputs = edit.intervention, recording.attention[layer]
     assert isinstance(knockout, AttentionKnockout)
     assert edit.keys is not None
     rows, real = padded_positions(edit.selected)
     if rows.shape[1] == 0:
-        return 0.0, 0.0
+        return 0.0, None
     rows = rows.clamp(min=0)
     module: nn.Module = access.inside(layer, access.anatomy.attn)._module
     weights: Float[Tensor, "batch head row key"] = rebuild(module, access.anatomy, inputs, rows)
@@ -143,9 +179,9 @@ def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access:
 
 def _unexplained(
     weights: Tensor, inputs: AttentionInputs, z: Tensor | None, rows: Tensor, real: Tensor, access: Access
-) -> float:
+) -> float | None:
     if z is None:  # another intervention edits z here, so that it is no longer what attention made
-        return 0.0
+        return None
     example = torch.arange(len(rows), device=rows.device)[:, None]
     seen = z[example, rows]
     gap = (mix(weights, inputs.v, access.anatomy) - seen).abs().masked_fill(~real[:, :, None, None], 0)

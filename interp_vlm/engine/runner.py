@@ -16,7 +16,7 @@ from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import rebuild
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
-from interp_vlm.engine.place import ResolvedPlace, layers_of, padded_positions, resolve, selected
+from interp_vlm.engine.place import ResolvedPlace, Rows, layers_of, padded_positions, resolve, selected
 from interp_vlm.engine.plan import Plan, plan
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.errors import InterventionError
@@ -32,9 +32,14 @@ __all__ = ["CleanRun", "Engine", "Outcome"]
 
 @dataclass
 class CleanRun:
-    """A batch's run without interventions: its answer logits, and scores per position that selectors asked for."""
+    """A batch's run without interventions: its answer logits, and scores per position that selectors asked for.
+
+    Attributes:
+        weights: the state of the model's weights at the time.
+    """
 
     logits: Float[Tensor, "batch vocab"]
+    weights: object
     evidence: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
 
 
@@ -62,17 +67,27 @@ class Engine:
         self.access = Access(root, anatomy)
         self._clean: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
 
+    def known(self, batch: Batch) -> CleanRun | None:
+        """The batch's clean run, if it was made with the weights that the model has now."""
+        found = self._clean.get(batch)
+        return found if found is not None and found.weights == self._weights() else None
+
     def clean(self, batch: Batch, needs: Iterable[str] = ()) -> CleanRun:
-        """The batch's run without interventions, made once and kept as long as the batch."""
-        known = self._clean.get(batch)
+        """The batch's run without interventions, made once and kept as long as the batch and the model's weights."""
+        known = self.known(batch)
         missing = [name for name in needs if known is None or name not in known.evidence]
         if known is None or missing:
             recording = forward(self.root, self.access, batch.inputs, self._evidence_program(missing))
             assert recording.logits is not None
-            known = known or CleanRun(answer_rows(recording.logits, batch.last))
+            known = known or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
             known.evidence.update({name: self._evidence(name, recording, batch) for name in missing})
             self._clean[batch] = known
         return known
+
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a weight is replaced or written in place (but not behind autograd's back, by `.data`)."""
+        parameters = self.root._module.parameters()
+        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in parameters)
 
     def run(self, batch: Batch, interventions: Sequence[Intervention], engine: str = "auto") -> Outcome:
         """Run a batch with interventions, applied in the model's own order.
@@ -93,10 +108,12 @@ class Engine:
         issued = receipts.issue(edits, recording, self.access, change, chosen.name)
         return Outcome(logits, clean.logits, issued, chosen)
 
-    def resolve(self, batch: Batch, interventions: Sequence[Intervention]) -> list[ResolvedPlace]:
+    def resolve(
+        self, batch: Batch, interventions: Sequence[Intervention], *, generating: bool = False
+    ) -> list[ResolvedPlace]:
         """Find where interventions act in a batch, with the clean values that they need."""
         evidence = self.clean(batch, self._needs(interventions)).evidence
-        edits = [resolve(intervention, batch, self.anatomy, evidence) for intervention in interventions]
+        edits = [resolve(each, batch, self.anatomy, evidence, generating=generating) for each in interventions]
         needy = [
             edit for edit in edits if isinstance(edit.intervention, CellIntervention) and edit.intervention.needs_clean
         ]
@@ -124,14 +141,16 @@ class Engine:
         index, mask = padded_positions(selected(batch, selector, evidence))
         edits = self.resolve(batch, interventions)
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
-        recording = forward(
-            self.root,
-            self.access,
-            batch.inputs,
-            Program(
-                edits, plain, frozenset(by_site.get("pattern", ())), lambda name, value: _keep(name, value, index, mask)
-            ),
-        )
+
+        def keep(name: str, value: Tensor) -> Tensor:
+            if site_named(name).part == "vision":
+                return _tower_rows(batch, value)
+            if name == "attn_mask":
+                value = value.expand(len(batch), self.anatomy.n_heads, -1, -1)
+            return _keep(name, value, index, mask)
+
+        program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep)
+        recording = forward(self.root, self.access, batch.inputs, program)
         receipts.refuse_without_effect(edits)
         values = {
             name: torch.stack([recording.values[name, layer] for layer in found], dim=1)
@@ -143,10 +162,13 @@ class Engine:
 
     def generate(self, batch: Batch, interventions: Sequence[Intervention], steps: int, **options: Any) -> Tensor:
         """Token ids that the model generates after the prompt."""
-        edits = self.resolve(batch, interventions)
+        edits = self.resolve(batch, interventions, generating=True)
+        prompt = batch.inputs["input_ids"].shape[1]
+        receipts.refuse_sliding(edits, self.anatomy, prompt + steps)
         call: Any = self.root._module.generate
         out = generate(self.root, self.access, {**batch.inputs, "max_new_tokens": steps, **options}, edits, steps, call)
-        return out[:, batch.inputs["input_ids"].shape[1] :]
+        receipts.refuse_without_effect(edits)
+        return getattr(out, "sequences", out)[:, prompt:]
 
     def _patterns(self, recording: Recording, layers: Sequence[int], index: Tensor, mask: Tensor) -> Tensor:
         found = []
@@ -176,21 +198,23 @@ class Engine:
         raise InterventionError(f"no evidence named {name!r}", expected="'attention' or 'sinks'")
 
 
+def _tower_rows(batch: Batch, value: Tensor) -> Tensor:
+    """The vision tower's rows of each example, whole."""
+    everything = selected(batch, select.image, {})
+    rows = Rows.of(batch, site_named("vision_post"), everything, value)
+    if len(set(rows.counts)) > 1:
+        raise InterventionError(
+            f"the vision tower gives {', '.join(map(str, rows.counts))} rows for the examples",
+            expected="equally many for each example",
+            remedy="capture examples with pictures of different sizes one at a time",
+        )
+    return rows.take(value).unflatten(0, (len(batch), -1))
+
+
 def _keep(name: str, value: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-    """The asked positions of a value; the vision tower's rows are kept whole, one entry per example."""
-    part = site_named(name).part
-    if part == "vision":
-        rows, examples = value.shape[:-1].numel(), len(index)
-        if rows % examples:
-            raise InterventionError(
-                f"the vision tower gives {rows} rows for {examples} examples",
-                expected="pictures of one size",
-                remedy="capture examples with pictures of different sizes one at a time",
-            )
-        return value.reshape(examples, -1, value.shape[-1]).clone()
+    """The asked positions of a value."""
     example = torch.arange(len(index), device=index.device)[:, None]
     if name == "attn_mask":
-        rows = value.expand(len(index), -1, -1, -1)[example, :, index.clamp(min=0)].transpose(1, 2)
-        return rows & mask[:, None, :, None]
+        return value[example, :, index.clamp(min=0)].transpose(1, 2) & mask[:, None, :, None]
     kept = value[example, index.clamp(min=0)]
     return kept.masked_fill(~mask.view(*mask.shape, *[1] * (kept.dim() - 2)), 0)
