@@ -1,0 +1,67 @@
+"""What an experiment is: rows from a shard of examples, and a tidy table from one model's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from interp_vlm.study.encoding import batches
+from interp_vlm.study.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
+    from interp_vlm.data.example import Example
+    from interp_vlm.study.material import Material, Shard
+    from interp_vlm.vlm import VLM
+
+__all__ = ["Bench", "Experiment"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """A model on the bench: what an experiment needs to measure a shard.
+
+    Attributes:
+        vlm: the model.
+        settings: of the study.
+        reference: examples of other pictures, for means.
+    """
+
+    vlm: VLM
+    settings: Settings
+    reference: tuple[Example, ...]
+
+    @cached_property
+    def image_mean(self) -> Tensor:
+        """The mean projected image token of the reference pictures, (d,)."""
+        from interp_vlm.vlm import reference_mean
+
+        encoded = (batch for _, batch in batches(self.vlm, self.reference, self.settings.batch_size))
+        return reference_mean(self.vlm, encoded, "projector_out")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    Attributes:
+        name: of its files.
+        material: the examples or pairs it works on, by condition.
+        measure: rows of one shard, one per example and what was done to it.
+        summarise: the tidy table of one model's rows.
+        passes: forward passes for one item, roughly: what its progress counts.
+        absent: why the report lacks the experiment where it has no material.
+        needs_reference: whether it needs pictures that are set aside.
+    """
+
+    name: str
+    material: Callable[[Material], Mapping[str, Sequence[Any]]]
+    measure: Callable[[Bench, Shard], pd.DataFrame]
+    summarise: Callable[[pd.DataFrame, Settings], pd.DataFrame]
+    passes: int
+    absent: str = ""
+    needs_reference: bool = False

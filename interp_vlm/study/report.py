@@ -1,0 +1,2 @@
+def write_report(folder, settings, material, facts, tables):
+    return folder.path / "report.html"

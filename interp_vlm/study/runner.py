@@ -1,0 +1,158 @@
+"""From settings to a finished run folder: measure every shard once, summarise, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from interp_vlm.study.folder import RunFolder, write_bytes, write_frame
+from interp_vlm.study.settings import EMBEDDED, Settings, short_names
+from interp_vlm.study.work import Crew, Task, describe, joined, measure, summarise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp_vlm.study.experiment import Experiment
+    from interp_vlm.study.material import Material, Shard
+
+__all__ = ["default_workers", "run_study"]
+
+
+def default_workers(settings: Settings) -> int:
+    """A process per core (up to four) for the embedded models, which are small; one for others, which fill a machine."""
+    embedded = all(model in EMBEDDED for model in settings.models) and settings.device is None
+    return min(4, os.cpu_count() or 1) if embedded else 1
+
+
+def run_study(
+    settings: Settings, out: Path, *, resume: bool = False, workers: int | None = None, console: Console | None = None
+) -> Path:
+    """Run a study, or go on with one.
+
+    Args:
+        settings: what decides the numbers.
+        out: the run folder; it must be empty or new unless `resume`.
+        resume: go on with the study in `out`; what was finished is not done again.
+        workers: processes; by default see `default_workers`. The numbers do not depend on it.
+        console: where progress is shown; by default standard error.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        StudyError: the folder holds something else, or was started differently.
+        ModelError, DataError: a model or data that cannot be read; nothing has been written then.
+    """
+    folder, console = RunFolder(out), console or Console(stderr=True)
+    with folder.opened(settings, resume), Crew(settings, workers or default_workers(settings)) as crew:
+        from interp_vlm.study.material import load_material
+
+        material = load_material(settings)
+        with console.status("loading the models"):
+            facts = _describe(crew, settings, material)
+        folder.begin(settings, {"examples": material.fingerprint, **{m: f["weights"] for m, f in facts.items()}})
+        plan = _plan(folder, settings, material)
+        _measure(crew, plan, console)
+        with console.status("tables and report"):
+            tables = _tables(crew, plan, folder, settings)
+            from interp_vlm.study.report import write_report
+
+            return write_report(folder, settings, material, facts, tables)
+
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """One experiment of one model: its shards and where their rows go."""
+
+    experiment: Experiment
+    model: str
+    shards: tuple[Shard, ...]
+    paths: tuple[Path, ...]
+    reference: tuple[Any, ...]
+
+    def tasks(self) -> list[Task]:
+        """What is not done yet."""
+        name = self.experiment.name
+        return [
+            Task(measure, (self.model, name, shard, self.reference, path), self.model, self._weight(shard))
+            for shard, path in zip(self.shards, self.paths, strict=True)
+            if not path.is_file()
+        ]
+
+    def _weight(self, shard: Shard) -> int:
+        return len(shard.items) * self.experiment.passes
+
+    @property
+    def total(self) -> int:
+        return sum(map(self._weight, self.shards))
+
+
+def _describe(crew: Crew, settings: Settings, material: Material) -> dict[str, dict[str, Any]]:
+    example = next(iter(material.conditions.values()))[0]
+    found = {task.label: facts for task, facts in crew.run([Task(describe, (m, example), m) for m in settings.models])}
+    return {model: found[model] for model in settings.models}
+
+
+def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Planned]:
+    from interp_vlm.study.experiments import EXPERIMENTS
+    from interp_vlm.study.material import shards
+
+    names, plan = short_names(settings.models), []
+    for model in settings.models:
+        for experiment in EXPERIMENTS.values():
+            reference = material.reference if experiment.needs_reference else ()
+            if experiment.needs_reference and not reference:
+                continue
+            cut = tuple(shards(experiment.material(material), settings.shard_size))
+            paths = tuple(folder.part(experiment.name, names[model], shard.number) for shard in cut)
+            if cut:
+                plan.append(_Planned(experiment, model, cut, paths, reference))
+    return plan
+
+
+def _measure(crew: Crew, plan: Sequence[_Planned], console: Console) -> None:
+    """Do every shard that is not done, with a bar for each model."""
+    names = short_names(list(dict.fromkeys(planned.model for planned in plan)))
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        bars = {}
+        for model, name in names.items():
+            own = [planned for planned in plan if planned.model == model]
+            left = sum(task.weight for planned in own for task in planned.tasks())
+            total = sum(planned.total for planned in own)
+            bars[model] = progress.add_task(name, total=total, completed=total - left)
+        for task, _ in crew.run([task for planned in plan for task in planned.tasks()]):
+            progress.advance(bars[task.label], task.weight)
+
+
+def _tables(crew: Crew, plan: Sequence[_Planned], folder: RunFolder, settings: Settings) -> dict[str, pd.DataFrame]:
+    """Per experiment the examples and the tidy table of all models, written and returned."""
+    import pandas as pd
+
+    names = short_names(settings.models)
+    tasks = [Task(summarise, (p.experiment.name, p.paths), f"{p.experiment.name}/{names[p.model]}") for p in plan]
+    found: Mapping[str, pd.DataFrame] = {task.label: table for task, table in crew.run(tasks)}
+    tables = {}
+    for experiment in dict.fromkeys(planned.experiment.name for planned in plan):
+        own = [planned for planned in plan if planned.experiment.name == experiment]
+        rows = [_named(joined(planned.paths), names[planned.model]) for planned in own]
+        write_frame(folder.path / "examples" / f"{experiment}.parquet", pd.concat(rows, ignore_index=True))
+        each = [_named(found[f"{experiment}/{names[planned.model]}"], names[planned.model]) for planned in own]
+        table = tables[experiment] = pd.concat(each, ignore_index=True)
+        write_frame(folder.path / "tables" / f"{experiment}.parquet", table)
+        write_bytes(folder.path / "tables" / f"{experiment}.csv", table.to_csv(index=False).encode())
+    return tables
+
+
+def _named(frame: pd.DataFrame, model: str) -> pd.DataFrame:
+    frame.insert(0, "model", model)
+    return frame

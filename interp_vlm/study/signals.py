@@ -1,0 +1,130 @@
+"""Whether the shape of attention tells right answers from wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from interp_vlm.readouts.attention import structure
+from interp_vlm.readouts.spelling import normalised
+from interp_vlm.stats import auroc, mean, point_biserial
+from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.experiment import Bench, Experiment
+from interp_vlm.study.judge import Judge
+from interp_vlm.study.settings import Settings
+from interp_vlm.study.tables import corrected, row, tidy
+from interp_vlm.tokens import select
+
+if TYPE_CHECKING:
+    from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.token_map import TokenMap
+
+__all__ = ["MEASURES", "MEAN_LAYER", "SIGNALS"]
+
+MEAN_LAYER = -1
+"""The layer number of the attention averaged over all layers."""
+
+MEASURES = {
+    "entropy": "spatial entropy H_s",
+    "entropy_normalised": "spatial entropy H_s / ln n",
+    "clusters": "number of clusters C_k",
+    "max_attention": "largest attention on a patch",
+    "confidence": "confidence in the answer (baseline)",
+}
+"""What is asked to predict correctness, in words."""
+
+_OWN = ("condition", "kind", "measure", "sinks", "layer")
+_BY_LAYER = ("entropy_normalised", "clusters", "max_attention")
+
+
+def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
+    """One row per question, layer (-1: their mean) and treatment of sinks, with the measures of attention.
+
+    The attention is that of the last prompt token on the image tokens, averaged over heads.
+    """
+    rows = []
+    for examples, batch in batches(bench.vlm, shard.items, bench.settings.batch_size):
+        answers = bench.vlm.run(batch).answers
+        judge = Judge(bench.vlm, batch, examples)
+        patterns = bench.vlm.capture(batch, "pattern", positions="last")["pattern"]
+        sinks = bench.vlm.positions(batch, select.sinks(bench.settings.sink_threshold))
+        for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
+            shape = _shape(patterns[number], batch.tokens[number], sinks[number])
+            from_run = {
+                **identity(example, shard.condition),
+                "answer": str(answer),
+                "correct": judge.right(number, answer),
+                "confidence": float(torch.tensor(answer.scores[normalised(answer)], dtype=torch.float64).exp()),
+                "sink_tokens": len(sinks[number]),
+            }
+            rows.append(shape.assign(**from_run)[[*from_run, *shape.columns]])
+    return pd.concat(rows, ignore_index=True)
+
+
+def _shape(pattern: Tensor, tokens: TokenMap, sinks: Tensor) -> pd.DataFrame:
+    """The measures of one example, layer by layer and for the mean over layers, with and without its sinks."""
+    pattern = torch.cat([pattern.mean(dim=0, keepdim=True), pattern])
+    layers = [MEAN_LAYER, *range(len(pattern) - 1)]
+    kept = structure(pattern, tokens, layers=layers).assign(sinks="with")
+    if len(sinks):
+        exclude = torch.isin(tokens.picture_tokens(0), sinks.cpu())
+        without = structure(pattern, tokens, layers=layers, exclude=exclude.to(pattern.device))
+    else:
+        without = kept
+    return pd.concat([kept, without.assign(sinks="without")]).drop(columns="entropy_change")
+
+
+def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """AUROC and point-biserial correlation of each measure with correctness, and how the entropy runs over layers."""
+    table = []
+    for kind, part in _scopes(rows):
+        facts = {"condition": part["condition"].iloc[0], "kind": kind}
+        whole = part[part["layer"] == MEAN_LAYER]
+        for sinks in ("with", "without") if (part["sink_tokens"] > 0).any() else ("with",):
+            for name in MEASURES:
+                if name == "confidence" and sinks == "without":
+                    continue
+                own = {**facts, "measure": name, "sinks": "" if name == "confidence" else sinks, "layer": MEAN_LAYER}
+                table += _relations(whole[whole["sinks"] == sinks], name, own, settings, correlation=True)
+        for layer, at in part[(part["layer"] >= 0) & (part["sinks"] == "with")].groupby("layer"):
+            for name in _BY_LAYER:
+                own = {**facts, "measure": name, "sinks": "with", "layer": layer}
+                table += _relations(at, name, own, settings, correlation=False)
+            table += _levels(at, {**facts, "measure": "entropy_normalised", "sinks": "with", "layer": layer}, settings)
+    return corrected(tidy(table, _OWN))
+
+
+def _scopes(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Within one kind where there is one to look into, and over all questions."""
+    if rows["kind"].nunique() > 1 and (rows["kind"] == "existence").any():
+        yield "existence", rows[rows["kind"] == "existence"]
+    yield "all", rows
+
+
+def _relations(
+    part: pd.DataFrame, name: str, own: dict[str, Any], settings: Settings, correlation: bool
+) -> list[dict[str, Any]]:
+    known = part[part[name].notna()]
+    left_out = f"{len(part) - len(known)} without a value left out" if len(known) < len(part) else ""
+    args = (known[name], known["correct"], known["group"])
+    found = [row(auroc(*args, seed=settings.seed), "AUROC", "", baseline=0.5, compared="chance", **own)]
+    if correlation:
+        r = point_biserial(*args, seed=settings.seed)
+        found.append(row(r, "point-biserial correlation", "", baseline=0.0, compared="no correlation", **own))
+    return [{**each, "note": "; ".join(filter(None, (each["note"], left_out)))} for each in found]
+
+
+def _levels(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    found = []
+    for right, words in ((True, "mean where right"), (False, "mean where wrong")):
+        some = part[(part["correct"] == right) & part["entropy_normalised"].notna()]
+        estimate = mean(some["entropy_normalised"], some["group"], seed=settings.seed)
+        found.append(row(estimate, words, "", **own))
+    return found
+
+
+SIGNALS = Experiment("signals", lambda material: material.errors, measure, summarise, passes=3)

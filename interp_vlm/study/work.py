@@ -1,0 +1,185 @@
+"""The work of a study, in this process or in worker processes: describe a model, measure a shard, summarise a model.
+
+Worker processes run on one thread each, so that the numbers do not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_vlm.errors import StudyError
+from interp_vlm.study.folder import write_frame
+from interp_vlm.study.settings import Settings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp_vlm.data.example import Example
+    from interp_vlm.study.experiment import Bench
+    from interp_vlm.study.material import Shard
+
+__all__ = ["Crew", "Task", "describe", "measure", "summarise"]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A function of this module with its arguments, and what it counts for on a progress bar."""
+
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    label: str = ""
+    weight: int = 1
+
+
+class Crew(AbstractContextManager["Crew"]):
+    """Runs tasks in `workers` processes, or in this one when there is a single worker.
+
+    Args:
+        settings: of the study.
+        workers: number of processes.
+    """
+
+    def __init__(self, settings: Settings, workers: int) -> None:
+        self._settings, self._pool = settings, None
+        if workers == 1:
+            _prepare(settings, threads=None)
+            return
+        import multiprocessing
+
+        self._pool = ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings, 1)
+        )
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+        """Run tasks and yield each with its result as it is finished, in any order.
+
+        Raises:
+            StudyError: when a worker process dies.
+        """
+        if self._pool is None:
+            for task in tasks:
+                yield task, task.call(*task.arguments)
+            return
+        try:
+            waiting: dict[Future[Any], Task] = {self._pool.submit(task.call, *task.arguments): task for task in tasks}
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        except BrokenProcessPool as error:
+            raise StudyError(
+                "a worker process died, perhaps for want of memory",
+                remedy="go on with --resume, with fewer --workers",
+            ) from error
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+# One model at a time is held in each process: tasks come model by model.
+_HELD: dict[str, Any] = {}
+
+
+def _prepare(settings: Settings, threads: int | None) -> None:
+    _HELD.clear()
+    _HELD["settings"] = settings
+    if threads is None:
+        return
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the study that started it is killed: nobody else would."""
+    import multiprocessing
+    from multiprocessing.connection import wait as wait_for
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _bench(model: str, reference: tuple[Example, ...] = ()) -> Bench:
+    from interp_vlm.study.experiment import Bench
+    from interp_vlm.vlm import load
+
+    if _HELD.get("model") != model:
+        _HELD.pop("bench", None)
+        gc.collect()
+        options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
+        _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"], ()), model
+    bench: Bench = _HELD["bench"]
+    if reference and not bench.reference:
+        bench = _HELD["bench"] = Bench(bench.vlm, bench.settings, reference)
+    return bench
+
+
+def describe(model: str, example: Example) -> dict[str, Any]:
+    """Facts of a model, and a fingerprint of its weights.
+
+    Args:
+        model: as `iv.load` takes it.
+        example: encoded to count its tokens.
+    """
+    vlm = _bench(model).vlm
+    anatomy, tokens = vlm.anatomy, vlm.encode(example.image, example.question).tokens[0]
+    digest = hashlib.sha256()
+    for name, weight in vlm.model.named_parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return {
+        "architecture": anatomy.architecture,
+        "layers": anatomy.n_layers,
+        "heads": anatomy.n_heads,
+        "key_value_heads": anatomy.n_kv_heads,
+        "width": anatomy.d_model,
+        "prefix": anatomy.prefix,
+        "parameters": sum(weight.numel() for weight in vlm.model.parameters()),
+        "image_tokens": len(tokens.image),
+        "prompt_tokens": len(tokens.all),
+        "dtype": str(vlm.dtype).removeprefix("torch."),
+        "device": vlm.device.type,
+        "weights": digest.hexdigest()[:16],
+    }
+
+
+def measure(model: str, experiment: str, shard: Shard, reference: tuple[Example, ...], path: Path) -> None:
+    """Measure one shard and save its rows."""
+    from interp_vlm.study.experiments import EXPERIMENTS
+
+    write_frame(path, EXPERIMENTS[experiment].measure(_bench(model, reference), shard))
+
+
+def summarise(experiment: str, parts: Sequence[Path]) -> pd.DataFrame:
+    """The tidy table of one model's parts."""
+    from threadpoolctl import threadpool_limits
+
+    from interp_vlm.study.experiments import EXPERIMENTS
+
+    with threadpool_limits(limits=1):
+        return EXPERIMENTS[experiment].summarise(joined(parts), _HELD["settings"])
+
+
+def joined(parts: Sequence[Path]) -> pd.DataFrame:
+    """The rows of parts, in their order."""
+    import pandas as pd
+
+    frames = [pd.read_parquet(path) for path in parts]
+    filled = [frame for frame in frames if len(frame)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
