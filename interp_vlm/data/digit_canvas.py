@@ -83,7 +83,7 @@ DIFFICULTIES: Mapping[str, Difficulty] = MappingProxyType(
             (2, 5), (0.02, 0.14), 2, (0.6, 1.0), "2 to 5 digits, noise 0.02 to 0.14, up to 2 bars, opacity 0.6 to 1"
         ),
         "hard": Difficulty(
-            (2, 5), (0.15, 0.35), 4, (0.35, 1.0), "2 to 5 digits, noise 0.15 to 0.35, up to 4 bars, opacity 0.35 to 1"
+            (2, 5), (0.1, 0.3), 4, (0.35, 1.0), "2 to 5 digits, noise 0.10 to 0.30, up to 4 bars, opacity 0.35 to 1"
         ),
     }
 )

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train an embedded model, or measure one and write its card."""
     parser = argparse.ArgumentParser(prog="python -m interp_vlm.testbed", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train", help="train one family and measure it")
+    training = commands.add_parser("train", help="train one family, measure it and write its card")
     training.add_argument("family", choices=NAMES)
     training.add_argument("--out", required=True, help="folder to write")
     training.add_argument("--seed", type=int, default=0)

@@ -37,6 +37,7 @@ from transformers import (
 from interp_vlm.data.digit_canvas import CANVAS, CELL, COLOURS
 from interp_vlm.data.digit_questions import NUMBERS
 from interp_vlm.errors import ModelError
+from interp_vlm.models.processors import load_processor, still
 from interp_vlm.testbed import NAMES
 
 __all__ = ["GRID", "WORDS", "Prompt", "build", "build_processor", "load", "prompt", "question_inputs"]
@@ -104,19 +105,6 @@ _LLAMA_STYLE = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "
 _QWEN_STYLE = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
 
 
-class _StillQwen2VLProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor without its video half, which needs torchvision; saves itself under its parent's name."""
-
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None, **kwargs):
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        super(Qwen2VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
-
-
-_StillQwen2VLProcessor.__name__ = "Qwen2VLProcessor"
-
-
 def build_processor(family: str) -> Any:
     """The real processor of a family, sized for digit scenes.
 
@@ -145,7 +133,7 @@ def build_processor(family: str) -> Any:
             "vision_eos_token": "<|vision_end|>",
             "message_start_token": "<|im_start|>",
         }
-        return _StillQwen2VLProcessor(
+        return still(Qwen2VLProcessor)(
             Qwen2VLImageProcessorPil(
                 patch_size=CELL // 2, merge_size=2, size={"shortest_edge": CELL**2, "longest_edge": 4 * CANVAS**2}
             ),
@@ -209,7 +197,6 @@ _CLASSES = {
     "paligemma": PaliGemmaForConditionalGeneration,
     "qwen2_vl": Qwen2VLForConditionalGeneration,
 }
-_PROCESSORS = {"llava": LlavaProcessor, "paligemma": PaliGemmaProcessor, "qwen2_vl": _StillQwen2VLProcessor}
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
@@ -239,7 +226,7 @@ def load(folder: str | Path, attn_implementation: str = "sdpa") -> tuple[Any, An
     """
     family = json.loads((Path(folder) / "config.json").read_text())["model_type"]
     model = _CLASSES[family].from_pretrained(folder, dtype=torch.float32, attn_implementation=attn_implementation)
-    return model.eval(), _PROCESSORS[family].from_pretrained(folder)
+    return model.eval(), load_processor(folder)
 
 
 def question_inputs(processor: Any, image: Image.Image, question: str) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-__all__ = ["Rates", "load_state", "optimisers", "save_state", "schedule"]
+__all__ = ["Rates", "load_state", "optimisers", "read_facts", "save_state", "schedule"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,12 @@ def save_state(
         metadata={"step": str(step), "facts": json.dumps(facts)},
     )
     temporary.replace(path)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts saved with a checkpoint."""
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["facts"])
 
 
 def load_state(

@@ -28,7 +28,7 @@ from interp_vlm.testbed.build import GRID, build, prompt
 from interp_vlm.testbed.feed import MIX, pictures, questions, rendering, scenes
 from interp_vlm.testbed.initial import balance_gemma, match_content, place_patches
 from interp_vlm.testbed.objectives import Alignment, answer_logits, image_features
-from interp_vlm.testbed.optimise import Rates, load_state, optimisers, save_state, schedule
+from interp_vlm.testbed.optimise import Rates, load_state, optimisers, read_facts, save_state, schedule
 
 __all__ = ["RECIPES", "Recipe", "train"]
 
@@ -69,7 +69,7 @@ _NO_LEFT_OF = {**{kind: share for kind, share in MIX.items() if kind != "left_of
 RECIPES: dict[str, Recipe] = {
     "llava": Recipe(align=1000, joint=1700),
     "paligemma": Recipe(align=1000, joint=1600, curriculum=(0.15, 0.38), exact_from=0.82),
-    "qwen2_vl": Recipe(align=850, joint=1100, mix=_NO_LEFT_OF, inner=2),
+    "qwen2_vl": Recipe(align=850, joint=950, dense=8, mix=_NO_LEFT_OF, inner=2),
 }
 """The recipe of each family."""
 
@@ -86,7 +86,7 @@ class _Training:
         place_patches(self.model)
         self.prompt = prompt(self.model, self.processor)
         self.heads = Alignment(self.model.config.text_config.hidden_size, self.processor.tokenizer, seed)
-        self.facts: dict[str, Any] = {"seconds": 0.0, "embeddings": 1.0}
+        self.facts: dict[str, Any] = {"family": family, "seed": seed, "seconds": 0.0, "embeddings": 1.0}
         self.done = 0
         self.pair: list[torch.optim.Optimizer] = []
 
@@ -99,6 +99,14 @@ class _Training:
         return self.recipe.align + self.recipe.joint
 
     def restore(self, path: Path) -> None:
+        """Go on from a checkpoint of the same family and seed."""
+        found = read_facts(path)
+        if (found["family"], found["seed"]) != (self.family, self.seed):
+            raise ModelError(
+                f"{path} is a checkpoint of {found['family']} with seed {found['seed']}",
+                expected=f"one of {self.family} with seed {self.seed}",
+                remedy="choose another folder, or remove it first",
+            )
         self.done, self.facts, states = load_state(path, self.modules)
         if self.done in (0, self.recipe.align):
             return  # the stage that begins now makes its own optimisers
@@ -208,6 +216,7 @@ def train(
     recipe: Recipe | None = None,
     progress: bool = True,
     until: int | None = None,
+    measure: int = 3000,
 ) -> Path:
     """Train one family and save it as a folder like those of the Hugging Face hub, in half precision.
 
@@ -221,6 +230,7 @@ def train(
         recipe: other numbers than the family's own.
         progress: show a progress bar.
         until: stop after so many steps, leaving the checkpoint.
+        measure: questions at each difficulty for the figures of the model card; 0 leaves it without figures.
 
     Returns:
         The folder.
@@ -238,7 +248,7 @@ def train(
     scratch = out / ".training"
     state, log = scratch / "state.safetensors", scratch / "log.jsonl"
     if out.joinpath("config.json").exists() and not state.exists():
-        return out  # finished before
+        return _measured(out, measure, progress)  # trained before
     scratch.mkdir(parents=True, exist_ok=True)
     training = _Training(family, recipe or RECIPES[family], seed)
     if resume and state.exists():
@@ -261,9 +271,18 @@ def train(
                         + "\n"
                     )
             report(training.done, note=f"loss {facts['loss']:.3f}")
-    if training.done == training.steps:
-        _save(training, out)
-        shutil.rmtree(scratch)
+    if training.done < training.steps:
+        return out
+    _save(training, out)
+    shutil.rmtree(scratch)
+    return _measured(out, measure, progress)
+
+
+def _measured(out: Path, n: int, progress: bool) -> Path:
+    if n and "figures" not in json.loads((out / "card.json").read_text()):
+        from interp_vlm.testbed.card import write_card
+
+        write_card(out, n, progress=progress)
     return out
 
 
@@ -290,4 +309,5 @@ def _save(training: _Training, out: Path) -> None:
     }
     (staged / "card.json").write_text(json.dumps(facts, indent=1) + "\n")
     for file in sorted(staged.iterdir(), key=lambda path: path.name == "config.json"):
+        file.chmod(0o644)
         file.replace(out / file.name)

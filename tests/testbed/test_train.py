@@ -60,15 +60,15 @@ def test_resumed_training_ends_with_the_same_bytes(family, tmp_path):
     tiny = replace(
         RECIPES[family], align=2, joint=3, align_images=4, images=4, per_image=2, dense=1, exact_from=0.6, validate=2
     )
-    whole = train(family, tmp_path / "whole", recipe=tiny, progress=False)
+    whole = train(family, tmp_path / "whole", recipe=tiny, progress=False, measure=0)
     for until in (1, 2, 4, None):  # cuts within stage A, between the stages, within stage B
-        parts = train(family, tmp_path / "parts", recipe=tiny, progress=False, resume=True, until=until)
+        parts = train(family, tmp_path / "parts", recipe=tiny, progress=False, measure=0, resume=True, until=until)
         assert (parts / "config.json").exists() == (until is None)
     assert (parts / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert sorted(file.name for file in parts.iterdir()) == sorted(file.name for file in whole.iterdir())
-    again = train(family, tmp_path / "parts", recipe=tiny, progress=False, resume=True)
+    again = train(family, tmp_path / "parts", recipe=tiny, progress=False, measure=0, resume=True)
     assert again == parts
-    other = train(family, tmp_path / "other", seed=1, recipe=tiny, progress=False)
+    other = train(family, tmp_path / "other", seed=1, recipe=tiny, progress=False, measure=0)
     assert (other / "model.safetensors").read_bytes() != (whole / "model.safetensors").read_bytes()
 
 
@@ -78,6 +78,13 @@ def test_training_refuses_unknown_families_and_taken_folders(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="exists already"):
         train("llava", tmp_path)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(tmp_path):
+    tiny = replace(RECIPES["llava"], align=2, joint=2, align_images=2)
+    train("llava", tmp_path, recipe=tiny, progress=False, until=1)
+    with pytest.raises(ModelError, match="llava with seed 0"):
+        train("llava", tmp_path, seed=1, recipe=tiny, progress=False, resume=True)
 
 
 def test_half_of_the_heads_start_by_matching_content():
