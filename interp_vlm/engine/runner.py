@@ -15,6 +15,7 @@ from torch import Tensor
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import rebuild
+from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
 from interp_vlm.engine.place import ResolvedPlace, Rows, layers_of, padded_positions, resolve, selected
 from interp_vlm.engine.plan import Plan, plan
@@ -192,8 +193,6 @@ class Engine:
             rows = self._patterns(recording, sorted(recording.attention), last, torch.ones_like(last, dtype=torch.bool))
             return rows.float().mean(dim=(1, 2, 3))
         if name == "sinks":
-            from interp_vlm.readouts.attention import sink_scores
-
             return sink_scores(recording.values["resid_post", self.anatomy.n_layers // 2])
         raise InterventionError(f"no evidence named {name!r}", expected="'attention' or 'sinks'")
 

@@ -68,7 +68,7 @@ class Sweep:
         Raises:
             InterventionError: when more than two fields vary; use `frame()` then.
         """
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot
 
         varied = self.varied
         if len(varied) > 2:
@@ -77,10 +77,13 @@ class Sweep:
                 expected="at most two fields to plot",
                 remedy="plot .frame() instead",
             )
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained") if ax is None else ax.figure
+        # Made by pyplot, so that notebooks can show it, and closed, so that they show it once.
+        figure = pyplot.figure(figsize=(6.4, 3.6), layout="constrained") if ax is None else ax.figure
         axes = figure.add_subplot() if ax is None else ax
         means = self.values.double().mean(1).cpu().numpy()
         (_heat if len(varied) == 2 else _line)(axes, self, means)
+        if ax is None:
+            pyplot.close(figure)
         return figure
 
     def _means(self) -> pd.DataFrame:

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.errors import DataError, SelectionError
 from interp_vlm.readouts.scores import full_precision
 from interp_vlm.tokens.token_map import TokenMap
@@ -112,43 +113,6 @@ def cluster_count(
     rows = zip(wanted, ranked.values.cpu().numpy(), ranked.indices.cpu().numpy(), strict=True)
     counts = [_clusters(points[index[:count][value[:count] > 0]], eps, min_samples) for count, value, index in rows]
     return torch.tensor(counts, dtype=torch.long, device=weights.device).reshape(batch)
-
-
-def sink_scores(
-    hidden: Float[Tensor, "*batch d"],
-    weight: Float[Tensor, " d"] | None = None,
-    eps: float = 1e-6,
-    dims: Sequence[int] | None = None,
-) -> Float[Tensor, "*batch"]:
-    """How much of an attention sink each token is: the largest |RMSNorm(h)_d|; sinks of large models exceed 20.
-
-    Without a weight a score cannot exceed sqrt(d), so the threshold of 20 needs a model wider than 400.
-
-    Args:
-        hidden: residual stream of each token.
-        weight: gain of the norm as it multiplies (1 + weight for Gemma); none in the source.
-        eps: of the norm.
-        dims: the model's known sink dimensions, {1415, 2533} for LLaMA-2-7B; all of them by default.
-
-    Raises:
-        SelectionError: a dimension that does not exist.
-
-    Source: Kang et al., arXiv 2503.03321, visual attention sinks (threshold 20).
-
-    Example:
-        >>> sink_scores(torch.tensor([[1.0, -1.0, 1.0, 1.0], [0.0, 0.0, -9.0, 0.0]]))
-        tensor([1.0000, 2.0000])
-    """
-    hidden = full_precision(hidden)
-    normed = hidden * (hidden.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
-    if weight is not None:
-        normed = normed * weight.to(normed)
-    if dims is not None:
-        width = hidden.shape[-1]
-        if not dims or not all(0 <= dim < width for dim in dims):
-            raise SelectionError(f"sink dimensions {list(dims)}", expected=f"one or more of 0 to {width - 1}")
-        normed = normed[..., list(dims)]
-    return normed.abs().amax(dim=-1)
 
 
 def structure(
@@ -265,4 +229,5 @@ def _clusters(points: np.ndarray, eps: float, min_samples: int) -> int:
 
     if len(points) < min_samples:  # no core is possible, and DBSCAN refuses an empty set
         return 0
-    return int(DBSCAN(eps=eps, min_samples=min_samples).fit_predict(points).max()) + 1
+    # Brute force is the fastest for the few dozen points of a row.
+    return int(DBSCAN(eps=eps, min_samples=min_samples, algorithm="brute").fit_predict(points).max()) + 1
