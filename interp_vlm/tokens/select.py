@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -129,7 +129,7 @@ class positions(Selector):
 
     indices: tuple[int, ...]
 
-    def __init__(self, indices: int | Iterable[int] | Tensor) -> None:
+    def __init__(self, indices: int | Iterable[int] | np.ndarray | Tensor) -> None:
         object.__setattr__(self, "indices", _whole_numbers(indices))
 
     def positions(self, tokens: TokenMap, evidence: Evidence | None = None) -> Int[Tensor, " found"]:
@@ -174,7 +174,7 @@ class _Share(Selector):
 @dataclass(frozen=True, repr=False)
 class _Ranked(_Share):
     by: str = "attention"
-    among: Selector = image
+    among: Selector | str = image
 
     def __post_init__(self) -> None:
         self._checked()
@@ -184,10 +184,10 @@ class _Ranked(_Share):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.among.needs | {self.by}
+        return of(self.among).needs | {self.by}
 
     def _ranked(self, tokens: TokenMap, evidence: Evidence | None, descending: bool) -> Tensor:
-        places = self.among.positions(tokens, evidence)
+        places = of(self.among).positions(tokens, evidence)
         scores = _scores(self, self.by, tokens, evidence)[places]
         order = torch.sort(scores, descending=descending, stable=True).indices
         return places[order[: self._count(len(places))]].sort().values
@@ -222,7 +222,7 @@ class random(_Share):
     """
 
     seed: int = 0
-    among: Selector = image
+    among: Selector | str = image
 
     def __post_init__(self) -> None:
         self._checked()
@@ -232,10 +232,10 @@ class random(_Share):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.among.needs
+        return of(self.among).needs
 
     def positions(self, tokens: TokenMap, evidence: Evidence | None = None) -> Int[Tensor, " found"]:
-        places = self.among.positions(tokens, evidence)
+        places = of(self.among).positions(tokens, evidence)
         generator = np.random.default_rng([int(self.seed), zlib.crc32(tokens.key.encode())])
         drawn = generator.choice(len(places), size=self._count(len(places)), replace=False, shuffle=False)
         return places[torch.from_numpy(np.sort(drawn))]
@@ -251,7 +251,7 @@ class sinks(Selector):
     exceeds `threshold` (20: Kang et al., "See What You Are Told: Visual Attention Sink")."""
 
     threshold: float = 20.0
-    among: Selector = field(default=image)
+    among: Selector | str = image
 
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, Real) or not self.threshold > 0:
@@ -260,10 +260,10 @@ class sinks(Selector):
 
     @property
     def needs(self) -> frozenset[str]:
-        return self.among.needs | {"sinks"}
+        return of(self.among).needs | {"sinks"}
 
     def positions(self, tokens: TokenMap, evidence: Evidence | None = None) -> Int[Tensor, " found"]:
-        places = self.among.positions(tokens, evidence)
+        places = of(self.among).positions(tokens, evidence)
         return places[_scores(self, "sinks", tokens, evidence)[places] > self.threshold]
 
     def __repr__(self) -> str:
@@ -272,7 +272,7 @@ class sinks(Selector):
         return f"sinks({', '.join(parts)})"
 
 
-def of(x: str | int | Iterable[int] | Tensor | Selector) -> Selector:
+def of(x: str | int | Iterable[int] | np.ndarray | Tensor | Selector) -> Selector:
     """A selector from a role's name, one position, several positions, or a selector.
 
     Example:
