@@ -27,7 +27,7 @@ imports: .venv/.ready
 	$(BIN)/lint-imports
 
 unit: .venv/.ready
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --nbmake tests docs
 
 # The stamp is the last thing written, so that an interrupted installation starts again.
 .venv/.ready: pyproject.toml constraints.txt
