@@ -60,9 +60,11 @@ class Receipt:
     def _repr_html_(self) -> str:
         from html import escape
 
+        facts = {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        texts = {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in facts.items()}
         rows = "".join(
-            f"<tr><th style='text-align:left'>{key}</th><td>{escape(str(value))}</td></tr>"
-            for key, value in asdict(self).items()
+            f"<tr><th style='text-align:left'>{key}</th><td style='text-align:left'>{escape(text)}</td></tr>"
+            for key, text in texts.items()
         )
         return f"<table>{rows}</table>"
 

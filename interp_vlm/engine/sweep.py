@@ -134,7 +134,11 @@ def _heat(axes: Any, sweep: Sweep, means: np.ndarray) -> None:
     axes.set_xticks(range(len(xs)), xs, rotation=45 if max(map(len, xs)) > 4 else 0)
     axes.set_yticks(range(len(ys)), ys)
     axes.set(xlabel=columns, ylabel=rows)
-    axes.figure.colorbar(image, ax=axes, label=f"mean {sweep.metric}")
+    axes.figure.colorbar(image, ax=axes, label=f"mean {sweep.metric}", pad=0.03)
+    if grid.size <= 64:
+        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+        for (y, x), value in np.ndenumerate(grid):
+            axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if value < middle else "black")
 
 
 def grouped(many: Sequence[Intervention | Sequence[Intervention]]) -> tuple[tuple[Intervention, ...], ...]:
