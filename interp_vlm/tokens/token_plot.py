@@ -25,7 +25,7 @@ NUMBERED = 120  # patches: more than this many numbers cannot be read
 
 def plot_grid(tokens: TokenMap, image: Image | None, number: int, chosen: Tensor | None, tiles: bool) -> Figure:
     """See `TokenMap.plot`."""
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot
 
     places = tokens.picture_tokens(number).numpy()
     grid = tokens.grids[number]
@@ -38,7 +38,9 @@ def plot_grid(tokens: TokenMap, image: Image | None, number: int, chosen: Tensor
         raise SelectionError(
             f"picture {number} has no {'tiles' if tiles else 'view of the whole'}", expected=f"tiles={not tiles}"
         )
-    figure = Figure(figsize=_figure_size(*grid.size), layout="constrained")
+    # Made by pyplot, so that notebooks can show it, and closed, so that they show it once.
+    figure = pyplot.figure(figsize=_figure_size(*grid.size), layout="constrained")
+    pyplot.close(figure)
     axes = figure.add_subplot()
     aspect = "equal" if SHAPES[0] <= grid.size[1] / grid.size[0] <= SHAPES[1] else "auto"
     axes.set_aspect(aspect)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from PIL import Image
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil, SiglipImageProcessorPil
+from transformers.image_transforms import center_crop
 
 from interp_vlm.errors import DataError, SelectionError
 from interp_vlm.tokens.geometry import Geometry
@@ -115,6 +116,30 @@ def test_a_rectangle_that_no_patch_sees_stays_empty() -> None:
     grid = grid_from_geometry(Geometry.resize_crop((640, 480), (448, 336), (336, 336)), 24, 24, 14)
     assert grid.tokens_in(0, 0, 79, 480, buffer=5).size == 0
     assert grid.tokens_in(0, 0, 81, 480).tolist() == list(range(0, 576, 24))
+
+
+@given(st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(1, 20), st.integers(1, 20)))
+def test_the_centre_crop_is_transformers_own_to_the_pixel(size: tuple[int, int], crop: tuple[int, int]) -> None:
+    """Every pixel of the picture carries its number; padding, where the crop is larger, is 0."""
+    numbered = np.arange(1, size[0] * size[1] + 1).reshape(1, size[1], size[0])
+    cropped = center_crop(numbered, (crop[1], crop[0]), input_data_format="channels_first")[0]
+    geometry = Geometry.resize_crop(size, size, crop)
+    for (y, x), number in np.ndenumerate(cropped):
+        across, down = x + 0.5 - geometry.offset[0], y + 0.5 - geometry.offset[1]
+        inside = 0 < across < size[0] and 0 < down < size[1]
+        assert number == (math.floor(down) * size[0] + math.floor(across) + 1 if inside else 0)
+        if inside:
+            assert geometry.to_picture(x + 0.5, y + 0.5) == (across, down)
+
+
+def test_letterboxes_are_centred_or_put_where_asked() -> None:
+    centred = Geometry.resize_pad((20, 10), (40, 20), (40, 41))
+    assert (centred.offset, centred.canvas, centred.visible) == ((0, 10), (40, 41), (0, 0, 20, 10))
+    assert Geometry.resize_pad((20, 10), (40, 20), (40, 41), (0, 0)).to_picture(40, 20) == (20, 10)
+    grid = grid_from_geometry(centred, 4, 4, 10)
+    assert grid.placed.reshape(4, 4).any(axis=1).tolist() == [False, True, True, False]
+    assert grid.cells[0].tolist() == [0, 0]
+    assert grid.views[0] == 0
 
 
 def _ramp(width: int, height: int) -> Image.Image:
