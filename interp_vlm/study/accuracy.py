@@ -62,6 +62,9 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         facts = {"condition": part["condition"].iloc[0], "kind": kind, "category": category}
         groups, right, always = part["group"], part["correct"], constant[part.index]
         accuracy = mean(right, groups, seed=settings.seed)
+        if category:  # all answers of a sort may be the same, so that a constant answer says nothing
+            table.append(row(accuracy, "accuracy", "%", scale=100, **facts))
+            continue
         test = paired_test(right, always, groups, seed=settings.seed)
         found = replace(accuracy, p=test.p, method=f"{accuracy.method}; p: {test.method.split(', interval')[0]}")
         baseline = {"baseline": 100 * float(always.mean()), "compared": "the kind's most common answer, always given"}

@@ -10,7 +10,7 @@ import pandas as pd
 from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.interventions.vary import vary, windows
 from interp_vlm.readouts.metrics import MetricContext, answer_probability, flipped
-from interp_vlm.stats import mean, paired_test
+from interp_vlm.stats import difference, mean, paired_test
 from interp_vlm.study.encoding import batches, identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.settings import Settings
@@ -88,7 +88,7 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
                 "condition": some["condition"].iloc[0], "kind": kind, "route": route, "window": window, "layer": layer,
                 "baseline": 0.0, "compared": "no knockout",
             }  # fmt: skip
-            change = mean(some["change"], some["group"], seed=settings.seed)
+            change = difference(some["change"], 0.0 * some["change"], some["group"], seed=settings.seed)
             test = paired_test(some["after"], some["before"], some["group"], seed=settings.seed)
             how = f"{change.method}; p: {test.method.split(', interval')[0]} on the probabilities"
             table.append(row(replace(change, p=test.p, method=how), "change of the answer's probability", "%", **facts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,7 +10,7 @@ import pandas as pd
 from interp_vlm.interventions.ablation import Ablation
 from interp_vlm.readouts.metrics import MetricContext, answer_probability, flipped
 from interp_vlm.readouts.spelling import normalised
-from interp_vlm.stats import mean, paired_test
+from interp_vlm.stats import difference, mean, paired_test
 from interp_vlm.study.encoding import batches, identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
@@ -55,7 +54,8 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     rows = []
     for examples, batch in batches(bench.vlm, shard.items, bench.settings.batch_size):
         judge = Judge(bench.vlm, batch, examples)
-        known = [identity(example, shard.condition) for example in examples]
+        sinks = bench.vlm.positions(batch, select.sinks(bench.settings.sink_threshold))
+        known = [{**identity(e, shard.condition), "sinks": len(at)} for e, at in zip(examples, sinks, strict=True)]
         rows += _answered(bench.vlm, batch, judge, known, [], {"mask": "none", "draw": 0})
         for name, draw, selector in masks(bench.settings):
             masked = Ablation("projector_out", positions=selector, to=bench.image_mean)
@@ -97,7 +97,8 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
         for name in ("top", "top without sinks", "bottom"):
             table.append(_change(wide, name, "random", groups, {**facts, "mask": name}, seed))
         if kind == "all":
-            table += _draws(part, wide["none"], facts)
+            table.append(_sinks(part, {**facts, "mask": "top without sinks"}, seed))
+            table += _draws(part, wide["none"], facts, seed)
     return corrected(tidy(table, _OWN))
 
 
@@ -111,15 +112,18 @@ def _change(
     return row(test, quantity, "points", scale=100, compared=words, **facts, **baseline)
 
 
-def _draws(part: pd.DataFrame, clean: pd.Series, facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _sinks(part: pd.DataFrame, facts: dict[str, Any], seed: int) -> dict[str, Any]:
+    once = part.drop_duplicates("example")
+    return row(mean(once["sinks"], once["group"], seed=seed), "attention sinks on the picture", "tokens", **facts)
+
+
+def _draws(part: pd.DataFrame, clean: pd.Series, facts: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """Each random draw on its own, without a test: how far chance alone scatters."""
     for draw, one in part[part["mask"] == "random"].groupby("draw"):
-        change = one.set_index("example")["correct"].astype(float) - clean
-        groups = one.set_index("example")["group"].loc[change.index]
-        yield row(
-            replace(mean(change, groups, seed=0), p=None), "change of accuracy, one draw", "points",
-            scale=100, compared="no mask", baseline=0.0, mask="random", **{**facts, "draw": str(draw)},
-        )  # fmt: skip
+        one = one.set_index("example").loc[clean.index]
+        change = difference(one["correct"], clean, one["group"], seed=seed)
+        own = {**facts, "mask": "random", "draw": str(draw), "compared": "no mask", "baseline": 0.0}
+        yield row(change, "change of accuracy, one draw", "points", scale=100, **own)
 
 
 MASKING = Experiment(

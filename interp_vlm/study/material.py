@@ -10,7 +10,6 @@ import numpy as np
 
 from interp_vlm.data.digits import Pair, digit_pairs, digit_scenes
 from interp_vlm.data.example import Example
-from interp_vlm.errors import StudyError
 from interp_vlm.study.settings import Settings
 
 __all__ = ["Material", "Shard", "load_material", "shards"]
@@ -44,7 +43,7 @@ class Material:
         conditions: examples by condition; the first one serves the interventions, the last one the prediction of errors.
         pairs: scenes that differ in one object; none for data other than digit scenes.
         reference: examples whose pictures serve as reference for masking and for nothing else.
-        skipped: examples that could not be read, with the reason.
+        skipped: what could not be read, a line each.
         source: the data in words.
     """
 
@@ -80,7 +79,6 @@ def load_material(settings: Settings) -> Material:
 
     Raises:
         DataError: for data that cannot be read.
-        StudyError: for data without examples.
     """
     return _digits(settings) if settings.data == "digits" else _read(settings)
 
@@ -104,13 +102,8 @@ def _digits(settings: Settings) -> Material:
 def _read(settings: Settings) -> Material:
     from interp_vlm.data import load
 
-    found = load(settings.data, limit=settings.limit, seed=settings.seed, on_error="skip")
-    skipped = tuple(f"{item.id}: {item.reason}" for item in getattr(found, "skipped", ()))
-    if not len(found):
-        raise StudyError(
-            f"{settings.data} holds no example that can be used ({len(skipped)} skipped)",
-            remedy=f"first of them: {skipped[0]}" if skipped else "choose another --data",
-        )
+    found = load(settings.data, limit=settings.limit, seed=settings.seed, on_error=settings.on_error)
+    skipped = tuple(f"{item.id}: {item.path} ({item.reason})" for item in found.skipped)
     groups = list(dict.fromkeys(example.group for example in found))
     # One picture in ten is set aside: a mean over the pictures that are masked would leak into the mask.
     held = min(REFERENCE_PICTURES, len(groups) // 10 or int(len(groups) > 1))

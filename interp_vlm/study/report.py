@@ -1,2 +1,131 @@
-def write_report(folder, settings, material, facts, tables):
-    return folder.path / "report.html"
+"""The report: one self-contained page, written from the tables."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from interp_vlm.study.folder import RunFolder, write_bytes
+from interp_vlm.study.sections.section import Panel, Section
+from interp_vlm.study.sections.words import listed
+from interp_vlm.study.settings import EMBEDDED, Settings, short_names
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from interp_vlm.study.material import Material
+
+__all__ = ["command_line", "write_report"]
+
+_DPI = 200
+
+
+def write_report(
+    folder: RunFolder,
+    settings: Settings,
+    material: Material,
+    facts: Mapping[str, Mapping[str, Any]],
+    tables: Mapping[str, pd.DataFrame],
+) -> Path:
+    """Write the figures and `report.html`.
+
+    Args:
+        folder: the run folder.
+        settings: of the study.
+        material: what it worked on.
+        facts: of each model.
+        tables: the tidy table of each experiment that was done.
+
+    Returns:
+        The path of the report.
+    """
+    from interp_vlm.study.experiments import EXPERIMENTS
+
+    names = list(short_names(settings.models).values())
+    sections, absent = {}, []
+    for name, experiment in EXPERIMENTS.items():
+        if name in tables and len(tables[name]):
+            sections[name] = import_module(f"interp_vlm.study.sections.{name}").section(tables[name], names)
+        else:
+            absent.append((name, experiment.absent if name not in tables else "no example could be used for it"))
+    page = _page(settings, material, facts, sections, absent, folder)
+    path = folder.path / "report.html"
+    write_bytes(path, page.encode())
+    return path
+
+
+def _page(
+    settings: Settings,
+    material: Material,
+    facts: Mapping[str, Mapping[str, Any]],
+    sections: Mapping[str, Section],
+    absent: Sequence[tuple[str, str]],
+    folder: RunFolder,
+) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    shown = []
+    for name, section in sections.items():
+        panels = [{"caption": panel.caption, "png": _drawn(panel, folder)} for panel in section.panels]
+        shown.append({**_shallow(section), "name": name, "panels": panels})
+    names = short_names(settings.models)
+    models = [{**facts[model], "name": names[model], "parameters": _millions(facts[model])} for model in settings.models]
+    environment = Environment(
+        loader=PackageLoader("interp_vlm", "study"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html").render(
+        title=f"What the answers of {listed(names.values())} rest on",
+        lead=" ".join(section.summary for section in sections.values() if section.summary),
+        source=material.source,
+        skipped=material.skipped,
+        sections=shown,
+        absent=absent,
+        models=models,
+        embedded=_embedded(settings, names),
+        command=command_line(settings),
+    )
+
+
+def _shallow(section: Section) -> dict[str, Any]:
+    return {item.name: getattr(section, item.name) for item in fields(section)}
+
+
+def _drawn(panel: Panel, folder: RunFolder) -> str:
+    """The panel as PNG, saved and encoded for the page."""
+    buffer = io.BytesIO()
+    panel.figure.savefig(buffer, format="png", dpi=_DPI)
+    write_bytes(folder.path / "figures" / f"{panel.name}.png", buffer.getvalue())
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _millions(facts: Mapping[str, Any]) -> str:
+    count = facts["parameters"]
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
+
+
+def _embedded(settings: Settings, names: Mapping[str, str]) -> str:
+    own = [names[model] for model in settings.models if model in EMBEDDED]
+    if not own:
+        return ""
+    who = "These are" if len(own) == len(settings.models) else f"{listed(own)} {'is' if len(own) == 1 else 'are'}"
+    return f"{who} {'one of' if len(own) == 1 and len(settings.models) > 1 else 'models of'}"
+
+
+def command_line(settings: Settings) -> str:
+    """The command that repeats a study of these settings."""
+    words = ["interp-vlm", "study"]
+    if settings.models != EMBEDDED:
+        words += [word for model in settings.models for word in ("--model", model)]
+    defaults = Settings()
+    for name in ("data", "limit", "seed", "batch_size", "device"):
+        if getattr(settings, name) != getattr(defaults, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    if settings.on_error == "skip":
+        words.append("--skip-broken")
+    return shlex.join(words)

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from interp_vlm.errors import StudyError
 
@@ -30,6 +30,7 @@ class Settings:
         fraction: share of the image tokens that is masked.
         draws: random masks of that size.
         window: width of the knockout's windows in layers; by default 9/32 of the depth.
+        on_error: "raise" an error for pictures that cannot be read, or "skip" and count them.
         sink_threshold: above it, a token is an attention sink.
         device: where Hugging Face puts the model (its `device_map`); by default the CPU.
 
@@ -48,6 +49,7 @@ class Settings:
     draws: int = 20
     window: int | None = None
     sink_threshold: float = 20.0
+    on_error: Literal["raise", "skip"] = "raise"
     device: str | None = None
 
     def __post_init__(self) -> None:

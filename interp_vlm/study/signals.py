@@ -90,6 +90,7 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
                     continue
                 own = {**facts, "measure": name, "sinks": "" if name == "confidence" else sinks, "layer": MEAN_LAYER}
                 table += _relations(whole[whole["sinks"] == sinks], name, own, settings, correlation=True)
+        table.append(_sinks(whole, {**facts, "measure": "sinks", "sinks": "with", "layer": MEAN_LAYER}, settings))
         for layer, at in part[(part["layer"] >= 0) & (part["sinks"] == "with")].groupby("layer"):
             for name in _BY_LAYER:
                 own = {**facts, "measure": name, "sinks": "with", "layer": layer}
@@ -116,6 +117,11 @@ def _relations(
         r = point_biserial(*args, seed=settings.seed)
         found.append(row(r, "point-biserial correlation", "", baseline=0.0, compared="no correlation", **own))
     return [{**each, "note": "; ".join(filter(None, (each["note"], left_out)))} for each in found]
+
+
+def _sinks(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    once = part[part["sinks"] == "with"]
+    return row(mean(once["sink_tokens"], once["group"], seed=settings.seed), "attention sinks on the picture", "tokens", **own)
 
 
 def _levels(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:

@@ -32,11 +32,12 @@ class Section:
 
     Attributes:
         title, question: in plain words.
-        answer: one or two sentences, made from the numbers.
+        answer: a sentence or two, made from the numbers.
+        points: the numbers of each model, a line each.
         facts: n, the interval, what was compared: short lines.
         method: how it was done, with the source.
         panels: figures.
-        headers, cells: a compact table.
+        table: heads and lines of a compact table.
         summary: the clause that the report's opening paragraph takes over; "" for none.
     """
 
@@ -45,7 +46,7 @@ class Section:
     answer: str
     facts: tuple[tuple[str, str], ...]
     method: str
+    table: tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
+    points: tuple[str, ...] = ()
     panels: tuple[Panel, ...] = ()
-    headers: tuple[str, ...] = ()
-    cells: tuple[tuple[str, ...], ...] = ()
     summary: str = ""

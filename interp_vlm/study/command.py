@@ -1,0 +1,67 @@
+"""The command `interp-vlm study`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["study"]
+
+
+def study(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Hub id, local folder or testbed:NAME; repeat for several.", show_default="the three embedded ones"),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(help="digits, pope:FILE, file:PATH or hf:ID, options after '?': pope:FILE?images=FOLDER."),
+    ] = "digits",
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/study-1, or the next free number")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions at most.", show_default="360 digit questions; all of other data")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, which was stopped.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of scenes, random patches and resampling.")] = 0,
+    skip_broken: Annotated[
+        bool, typer.Option("--skip-broken", help="Leave pictures that cannot be read out, and count them in the report.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 48,
+    device: Annotated[
+        str | None, typer.Option(help="Where the models go: cuda, auto, ...", show_default="the CPU")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes.", show_default="one a core for the embedded models, else 1")
+    ] = None,
+) -> None:
+    """Study what the answers of one or more models rest on, and write a report.
+
+    Five experiments on held-out examples: accuracy, attention's shape and correctness, masking of attended patches,
+    attention knockout, activation patching. Ends with the path of the report.
+
+    Example: interp-vlm study --model testbed:llava --limit 60 --out runs/first
+    """
+    from interp_vlm.errors import StudyError
+    from interp_vlm.study.folder import free_folder
+    from interp_vlm.study.runner import run_study
+    from interp_vlm.study.settings import EMBEDDED, Settings
+
+    if resume and out is None:
+        raise StudyError("--resume without --out", expected="the folder of the study to go on with")
+    if workers is not None and workers < 1:
+        raise StudyError(f"workers is {workers}", expected="a whole number from 1")
+    settings = Settings(
+        models=tuple(model or EMBEDDED), data=data, limit=limit, seed=seed, batch_size=batch_size,
+        on_error="skip" if skip_broken else "raise", device=device,
+    )  # fmt: skip
+    folder = free_folder(Path("runs")) if out is None else out
+    try:
+        report = run_study(settings, folder, resume=resume, workers=workers)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; go on with --resume --out {folder}", err=True)
+        raise
+    typer.echo(f"report: {report.resolve()}")
