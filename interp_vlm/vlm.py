@@ -27,6 +27,7 @@ from interp_vlm.models.registry import family_for
 from interp_vlm.readouts.answers import read_answers
 from interp_vlm.readouts.metrics import Metric, MetricContext, logit_difference
 from interp_vlm.readouts.run import Generation, Run
+from interp_vlm.readouts.spelling import prompt_ends
 from interp_vlm.sites import SITES
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
@@ -121,7 +122,8 @@ class VLM:
         return self._read(outcome, batch, choices)
 
     def _read(self, outcome: Outcome, batch: Batch, choices: Sequence[str] | None) -> Run:
-        answers = read_answers(outcome.logits, self.tokenizer, prompts=batch.prompts, choices=choices)
+        ends = prompt_ends(batch, self.tokenizer) if choices else None
+        answers = read_answers(outcome.logits, self.tokenizer, prompts=ends, choices=choices)
         return Run(outcome.logits, tuple(answers), outcome.receipts, outcome.clean_logits, outcome.plan)
 
     def capture(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, overload, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -44,6 +44,7 @@ class MetricContext:
     tokenizer: Any
 
 
+@runtime_checkable
 class Metric(Protocol):
     """One number per example of a run, possibly compared with the clean run."""
 
