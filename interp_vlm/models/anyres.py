@@ -33,7 +33,9 @@ def anyres_grid(size: tuple[int, int], config: Any, classes: int, most_tiles: in
         tiles = _scaled_down(tiles, int(tiles.rows // ratio), int(tiles.cols // ratio))
     lines = np.arange(tiles.n).reshape(tiles.rows, tiles.cols)
     ended = np.concatenate([lines, np.full((tiles.rows, 1), -1)], axis=1)
-    return replace(join_grids([whole, tiles.take(ended.ravel())]), vision_total=(1 + n_tiles) * (classes + side * side))
+    # of a very thin picture nothing but the newlines may be left
+    seen = tiles.take(ended.ravel()) if tiles.n else tiles.rows
+    return replace(join_grids([whole, seen]), vision_total=(1 + n_tiles) * (classes + side * side))
 
 
 def _tiles(
