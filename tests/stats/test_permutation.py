@@ -84,11 +84,15 @@ def test_nothing_to_test():
         stats.max_statistic([1.0, 2.0])
 
 
-def slow_t(change: np.ndarray, codes: np.ndarray) -> float:
+def slow_error(change: np.ndarray, codes: np.ndarray) -> float:
     n, groups = len(change), len(set(codes))
     residual = change - change.mean()
     meat = sum(residual[codes == group].sum() ** 2 for group in set(codes))
-    return change.mean() / math.sqrt(groups / (groups - 1) * meat / n**2)
+    return math.sqrt(groups / (groups - 1) * meat / n**2)
+
+
+def slow_t(change: np.ndarray, codes: np.ndarray) -> float:
+    return change.mean() / slow_error(change, codes)
 
 
 def test_max_statistic_equals_enumeration():
@@ -104,6 +108,9 @@ def test_max_statistic_equals_enumeration():
     estimates = stats.max_statistic(table, codes)
     assert [estimate.p for estimate in estimates] == pytest.approx(expected)
     assert [estimate.value for estimate in estimates] == pytest.approx(table.mean(axis=0).tolist())
+    reach = [np.quantile(largest, 0.95) * slow_error(column, codes) for column in table.T]
+    assert [estimate.high - estimate.value for estimate in estimates] == pytest.approx(reach)
+    assert [estimate.value - estimate.low for estimate in estimates] == pytest.approx(reach)
 
 
 def test_max_statistic_holds_the_family_and_bands_agree_with_p():
