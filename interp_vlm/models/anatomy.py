@@ -90,7 +90,9 @@ class Family:
             batch has; tensors that it does not name have one row per example.
         prefix: who may see whom before the answer: "causal", "bidirectional" (PaliGemma's prompt) or "image_blocks"
             (Gemma 3's pictures see themselves).
-        fusion: "early" (image tokens enter the decoder with the text) or "late" (cross-attention).
+        fusion: as the studied work (arXiv 2605.08200) uses the words, by how the checkpoints were trained: "late" where
+            a projector translates pictures for a language model that was pretrained on text alone, "early" where
+            the decoder was pretrained on pictures and text together.
         between_layers: vision features are also added to the residual stream between decoder layers.
         decoders: rows that this family adds to `DECODERS`.
     """

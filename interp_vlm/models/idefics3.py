@@ -85,4 +85,5 @@ FAMILY = Family(
     vision="model.vision_model",
     vision_layers="model.vision_model.encoder.layers",
     projector="model.connector",
+    fusion="late",
 )

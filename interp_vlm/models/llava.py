@@ -55,4 +55,5 @@ FAMILY = Family(
     prompt=prompt,
     grids=grids,
     vision_read=layer_read,
+    fusion="late",
 )

@@ -29,4 +29,5 @@ FAMILY = Family(
     prompt=prompt,
     grids=grids,
     vision_read=layer_read,
+    fusion="late",
 )
