@@ -118,6 +118,12 @@ def test_a_rectangle_that_no_patch_sees_stays_empty() -> None:
     assert grid.tokens_in(0, 0, 81, 480).tolist() == list(range(0, 576, 24))
 
 
+def test_a_rectangle_that_is_a_patch_meets_that_patch_alone() -> None:
+    grid = grid_from_geometry(Geometry.resize((24, 24), (24, 24)), 6, 6, 4)
+    for token in range(grid.n):
+        assert grid.tokens_in(*grid.box_of(token)).tolist() == [token]
+
+
 @given(st.tuples(st.integers(1, 20), st.integers(1, 20)), st.tuples(st.integers(1, 20), st.integers(1, 20)))
 def test_the_centre_crop_is_transformers_own_to_the_pixel(size: tuple[int, int], crop: tuple[int, int]) -> None:
     """Every pixel of the picture carries its number; padding, where the crop is larger, is 0."""
@@ -135,6 +141,7 @@ def test_the_centre_crop_is_transformers_own_to_the_pixel(size: tuple[int, int],
 def test_letterboxes_are_centred_or_put_where_asked() -> None:
     centred = Geometry.resize_pad((20, 10), (40, 20), (40, 41))
     assert (centred.offset, centred.canvas, centred.visible) == ((0, 10), (40, 41), (0, 0, 20, 10))
+    assert Geometry.resize_pad((20, 10), (40, 20), (47, 20)).offset == (3, 0)
     assert Geometry.resize_pad((20, 10), (40, 20), (40, 41), (0, 0)).to_picture(40, 20) == (20, 10)
     grid = grid_from_geometry(centred, 4, 4, 10)
     assert grid.placed.reshape(4, 4).any(axis=1).tolist() == [False, True, True, False]
