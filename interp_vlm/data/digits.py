@@ -87,7 +87,8 @@ def digit_scenes(
         n: number of questions.
         seed: another seed gives other scenes.
         difficulty: a key of `DIFFICULTIES`: "standard" or "hard".
-        kinds: question kinds; default existence, count, colour, digit and where. "left_of" exists as well.
+        kinds: question kinds; default existence, count, colour, digit and where. "left_of" exists as well, but of the
+            embedded models only `testbed:llava` learned it.
         questions_per_image: at most so many questions on each picture; at most 6 are existence, 3 count and 2 of any
             other kind.
 

@@ -37,7 +37,7 @@ def test_held_out_accuracy_is_that_of_the_card(model, examples):
 
 def test_blind_and_masked_accuracy_is_that_of_the_card(model, examples):
     name, bench = model
-    few = examples[:120]
+    few = examples[:60]
     figures = testbed.card(name)["figures"]
     mean = bench.mean_features(digit_scenes("validation", n=180))
     groups = [example.group for example in few]
