@@ -1,50 +1,49 @@
-"""Pictures shown whole and again in tiles (LLaVA-NeXT, LLaVA-OneVision): which token shows what."""
+"""Pictures shown whole and again in tiles without distortion (LLaVA-NeXT, LLaVA-OneVision): which token shows what."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 
-from interp_vlm.tokens.grid import Geometry, ImageGrid, grid_from_geometry, join_grids, tower_rows
+from interp_vlm.models.tiles import Tower
+from interp_vlm.tokens.grid import Geometry, ImageGrid, grid_from_geometry, join_grids
 
 __all__ = ["anyres_grid"]
 
 
-def anyres_grid(size: tuple[int, int], config: Any, classes: int, most_tiles: int | None = None) -> ImageGrid:
+def anyres_grid(
+    size: tuple[int, int], pinpoints: list[list[int]], tower: Tower, most_tiles: int | None = None
+) -> ImageGrid:
     """The whole picture, then the rows of its tiles with a newline token (without a place) after each.
 
     Args:
         size: the picture's (width, height).
-        config: the model's configuration, with its tower and the resolutions to choose from.
-        classes: tokens of the tower before its patches.
+        pinpoints: the resolutions (height, width) to choose from.
+        tower: how a tile is cut into tokens.
         most_tiles: above this many tiles' worth of features they are scaled down (LLaVA-OneVision); then which rows of
             the tower feed a token is not known.
     """
-    pixels, patch = config.vision_config.image_size, config.vision_config.patch_size
-    side = pixels // patch
-    feeding = tower_rows(side, side, start=classes)
-    whole = grid_from_geometry(Geometry.resize(size, (pixels, pixels)), side, side, patch, vision_rows=feeding)
-    tiles, n_tiles = _tiles(size, config.image_grid_pinpoints, pixels, patch, classes)
-    ratio = 0.0 if most_tiles is None else math.sqrt(tiles.n / (most_tiles * side**2))
+    canvas = _canvas(size, pinpoints)
+    parts = tower.tiles(canvas, place=1)
+    across, down, side = canvas.canvas[0] // tower.pixels, canvas.canvas[1] // tower.pixels, tower.side
+    # tile after tile -> one raster across the tiles, without the rows and columns of padding
+    order = np.arange(len(parts) * side**2).reshape(down, across, side, side).transpose(0, 2, 1, 3)
+    raster = order.reshape(down * side, across * side)
+    raster = raster[_unpadded(size, *raster.shape)]
+    tiles = join_grids(list(parts))
+    ratio = 0.0 if most_tiles is None else math.sqrt(raster.size / (most_tiles * side**2))
     if ratio > 1.1:
-        tiles = _scaled_down(tiles, int(tiles.rows // ratio), int(tiles.cols // ratio))
-    lines = np.arange(tiles.n).reshape(tiles.rows, tiles.cols)
-    ended = np.concatenate([lines, np.full((tiles.rows, 1), -1)], axis=1)
-    # of a very thin picture nothing but the newlines may be left
-    seen = tiles.take(ended.ravel()) if tiles.n else tiles.rows
-    return replace(join_grids([whole, seen]), vision_total=(1 + n_tiles) * (classes + side * side))
+        tiles, raster = _scaled_down(tiles.take(raster.ravel()), *(int(n // ratio) for n in raster.shape))
+    lines = np.concatenate([raster, np.full((len(raster), 1), -1)], axis=1)
+    grid = join_grids([tower.whole(size, 0), tiles.take(lines.ravel())])
+    return replace(grid, vision_total=(1 + len(parts)) * tower.rows)
 
 
-def _tiles(
-    size: tuple[int, int], pinpoints: list[list[int]], pixels: int, patch: int, classes: int
-) -> tuple[ImageGrid, int]:
-    """The tiles of the best-fitting resolution as one raster without the rows and columns of padding; their number.
-
-    `cells` and `views` name place and tile; `vision_rows` counts the rows of the whole view and the earlier tiles.
-    """
+def _canvas(size: tuple[int, int], pinpoints: list[list[int]]) -> Geometry:
+    """The picture in the middle of the resolution that fits it best."""
     from transformers.image_processing_utils import select_best_resolution
 
     width, height = size
@@ -52,21 +51,7 @@ def _tiles(
     across, down = wide / width, high / height
     # rounding as `get_patch_output_size` of transformers does
     to = (wide, min(math.ceil(height * across), high)) if across < down else (min(math.ceil(width * down), wide), high)
-    geometry = Geometry.resize_pad(size, to, (wide, high))
-    rows, cols, side = high // patch, wide // patch, pixels // patch
-    raster = grid_from_geometry(geometry, rows, cols, patch, view=1)
-    row, col = raster.cells.T
-    tile = row // side * (cols // side) + col // side
-    place = row % side * side + col % side
-    raster = replace(
-        raster,
-        cells=np.stack([row % side, col % side], axis=1),
-        views=tile + 1,
-        vision_rows=((tile + 1) * (classes + side * side) + classes + place)[:, None],
-    )
-    kept = np.arange(rows * cols).reshape(rows, cols)[_unpadded(size, rows, cols)]
-    tiles = replace(raster.take(kept.ravel()), rows=kept.shape[0], cols=kept.shape[1])
-    return tiles, (rows // side) * (cols // side)
+    return Geometry.resize_pad(size, to, (wide, high))
 
 
 def _unpadded(size: tuple[int, int], rows: int, cols: int) -> tuple[slice, slice]:
@@ -79,11 +64,10 @@ def _unpadded(size: tuple[int, int], rows: int, cols: int) -> tuple[slice, slice
     return slice(None), slice(padding, cols - padding)
 
 
-def _scaled_down(tiles: ImageGrid, rows: int, cols: int) -> ImageGrid:
-    """The raster of tiles interpolated to fewer rows and columns, as a single view over the same area."""
-    boxes = tiles.boxes
-    x0, y0 = np.nanmin(boxes[:, :2], axis=0)
-    x1, y1 = np.nanmax(boxes[:, 2:], axis=0)
+def _scaled_down(tiles: ImageGrid, rows: int, cols: int) -> tuple[ImageGrid, Int[np.ndarray, "rows cols"]]:
+    """A raster of features interpolated to fewer rows and columns, as a single view over the same area."""
+    x0, y0 = np.nanmin(tiles.boxes[:, :2], axis=0)
+    x1, y1 = np.nanmax(tiles.boxes[:, 2:], axis=0)
     scale = (cols / (x1 - x0), rows / (y1 - y0))
     geometry = Geometry(tiles.size, (cols, rows), scale, (-x0 * scale[0], -y0 * scale[1]))
-    return grid_from_geometry(geometry, rows, cols, 1, view=1)
+    return grid_from_geometry(geometry, rows, cols, 1, view=1), np.arange(rows * cols).reshape(rows, cols)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from interp_vlm.models.anatomy import Family
 from interp_vlm.models.layout import edges
-from interp_vlm.models.tiles import tiled_grid
+from interp_vlm.models.tiles import Tower, tiled_grid
 from interp_vlm.tokens.grid import ImageGrid
 
 __all__ = ["FAMILY", "grids", "picture_rows", "prompt"]
@@ -36,10 +36,11 @@ def grids(
     """Tiles in raster order, then the whole picture; without image splitting the whole picture alone."""
     settings, vision = processor.image_processor, model_config.vision_config
     tile = edges(settings.max_image_size)["longest_edge"]
+    tower = Tower(tile, vision.patch_size, model_config.scale_factor)
 
     def grid(image: Image) -> ImageGrid:
         tiles = _tiles(image.size, edges(settings.size), tile) if settings.do_image_splitting else (0, 0)
-        return tiled_grid(image.size, tiles, tile, vision.patch_size, model_config.scale_factor, classes=0)
+        return tiled_grid(image.size, tiles, tower)
 
     return [[grid(image) for image in own] for own in images]
 

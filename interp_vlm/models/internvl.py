@@ -10,7 +10,7 @@ from torch import Tensor
 
 from interp_vlm.models.anatomy import Family
 from interp_vlm.models.llava import layer_read
-from interp_vlm.models.tiles import tiled_grid
+from interp_vlm.models.tiles import Tower, tiled_grid
 from interp_vlm.tokens.grid import ImageGrid
 
 __all__ = ["FAMILY"]
@@ -34,16 +34,16 @@ def grids(
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
     settings, vision = processor.image_processor, model_config.vision_config
-    pixels, patch = vision.image_size[0], vision.patch_size[0]
-    merge = round(1 / model_config.downsample_ratio)
     classes = 1 if model_config.vision_feature_select_strategy == "default" else 0
+    merge = round(1 / model_config.downsample_ratio)
+    tower = Tower(vision.image_size[0], vision.patch_size[0], merge, classes)
 
     def grid(image: Image) -> ImageGrid:
         width, height = image.size
         across, down = get_optimal_tiled_canvas(
-            (height, width), (pixels, pixels), settings.min_patches, settings.max_patches
+            (height, width), (tower.pixels, tower.pixels), settings.min_patches, settings.max_patches
         )
-        return tiled_grid(image.size, (down, across), pixels, patch, merge, classes)
+        return tiled_grid(image.size, (down, across), tower)
 
     return [[grid(image) for image in own] for own in images]
 

@@ -10,6 +10,7 @@ from PIL.Image import Image
 from interp_vlm.models.anatomy import Family
 from interp_vlm.models.anyres import anyres_grid
 from interp_vlm.models.llava import layer_read, prompt
+from interp_vlm.models.tiles import Tower
 from interp_vlm.tokens.grid import ImageGrid
 
 __all__ = ["FAMILY"]
@@ -19,8 +20,9 @@ def grids(
     processor: Any, images: list[list[Image]], inputs: Mapping[str, Any], model_config: Any
 ) -> list[list[ImageGrid]]:
     """The whole picture, then the rows of its tiles with a newline token (without a place) after each."""
-    classes = int(processor.num_additional_image_tokens)
-    return [[anyres_grid(image.size, model_config, classes) for image in own] for own in images]
+    vision, pinpoints = model_config.vision_config, model_config.image_grid_pinpoints
+    tower = Tower(vision.image_size, vision.patch_size, classes=int(processor.num_additional_image_tokens))
+    return [[anyres_grid(image.size, pinpoints, tower) for image in own] for own in images]
 
 
 FAMILY = Family(

@@ -12,7 +12,8 @@ from interp_vlm.models.anatomy import Family
 from interp_vlm.models.anyres import anyres_grid
 from interp_vlm.models.layout import squared
 from interp_vlm.models.llava import layer_read
-from interp_vlm.tokens.grid import ImageGrid, grid_from_geometry, join_grids, tower_rows
+from interp_vlm.models.tiles import Tower
+from interp_vlm.tokens.grid import ImageGrid, join_grids
 
 __all__ = ["FAMILY"]
 
@@ -27,18 +28,17 @@ def grids(
     processor: Any, images: list[list[Image]], inputs: Mapping[str, Any], model_config: Any
 ) -> list[list[ImageGrid]]:
     """One picture alone is tiled; of several each is padded to a square and followed by one newline token."""
+    vision, pinpoints = model_config.vision_config, model_config.image_grid_pinpoints
     classes = 1 if model_config.vision_feature_select_strategy == "default" else 0
     most_tiles = int(model_config.vision_aspect_ratio.removeprefix("anyres_max_"))
-    pixels, patch = model_config.vision_config.image_size, model_config.vision_config.patch_size
-    side = pixels // patch
+    tower = Tower(vision.image_size, vision.patch_size, classes=classes)
 
     def square(image: Image) -> ImageGrid:
-        feeding = tower_rows(side, side, start=classes)
-        found = grid_from_geometry(squared(image.size, pixels), side, side, patch, vision_rows=feeding)
-        return replace(join_grids([found, 1]), vision_total=classes + side * side)
+        found = tower.view(squared(image.size, tower.pixels), 0, 0)
+        return replace(join_grids([found, 1]), vision_total=tower.rows)
 
     def tiled(image: Image) -> ImageGrid:
-        return anyres_grid(image.size, model_config, classes, most_tiles)
+        return anyres_grid(image.size, pinpoints, tower, most_tiles)
 
     return [[(tiled if len(own) == 1 else square)(image) for image in own] for own in images]
 

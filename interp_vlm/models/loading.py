@@ -41,13 +41,15 @@ def load(
         trust_remote_code: run modelling code that comes with the checkpoint.
 
     Raises:
-        ModelError: if there is no such folder or hub id, its architecture is not known, or it has no processor.
+        ModelError: if there is no such folder or hub id, its architecture is not known, it has no processor, or not
+            all weights.
 
     Example:
         >>> model, processor = load("testbed:llava")
         >>> type(model).__name__
         'LlavaForConditionalGeneration'
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = resolve(name_or_path)
@@ -61,15 +63,24 @@ def load(
     family_for(config)
     processor = load_processor(path, **where)
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        # the stubs know one of its two return types
+        found: Any = AutoModelForImageTextToText.from_pretrained(
             path,
+            output_loading_info=True,
             dtype=_dtype(dtype, device_map),
             device_map=device_map,
             attn_implementation=_attention(config, attn_implementation),
             **where,
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _unreachable(path, error) from error
+    model, report = found
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"the checkpoint of {path} lacks {len(missing)} of the model's weights ({missing[0]}, ...)",
+            expected="all of them: transformers fills the rest with random numbers",
+            remedy="download or save the model again",
+        )
     return model.eval().requires_grad_(False), processor
 
 

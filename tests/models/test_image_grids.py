@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import types
 
 import numpy as np
 import pytest
@@ -132,22 +134,8 @@ def test_a_grid_has_the_processor_s_number_of_tokens_and_lies_in_the_picture(tin
         assert seen == pytest.approx(1.0)
 
 
-def real(name: str, **sizes):
-    """A tiny model's processor with the sizes of a published checkpoint."""
-    import copy
-
-    tiny = Tiny(name)
-    tiny.processor, config = copy.deepcopy(tiny.processor), copy.deepcopy(tiny.model.config)
-    return tiny, config, sizes
-
-
 def test_llava_1_5_has_24_by_24_tokens_of_the_centre_square():
-    tiny, config, _ = real("llava")
-    images = tiny.processor.image_processor
-    images.size, images.crop_size = {"shortest_edge": 336}, {"height": 336, "width": 336}
-    tiny.processor.patch_size, config.vision_config.patch_size = 14, 14
-    inputs = {"pixel_values": torch.zeros(1, 3, 336, 336)}
-    grid = tiny.family.grids(tiny.processor, [[noise(640, 480)]], inputs, config)[0][0]
+    grid = published("llava").encode(noise(640, 480), "a cat?").tokens[0].grids[0]
     assert (grid.rows, grid.cols, grid.n, grid.vision_total) == (24, 24, 576, 577)
     assert grid.box_of(0) == pytest.approx((80, 0, 100, 20))
     assert grid.box_of(575) == pytest.approx((540, 460, 560, 480))
@@ -170,7 +158,8 @@ def test_llava_s_own_image_processor_pads_to_a_square():
 
 
 def test_strategy_full_keeps_the_class_token_first_and_without_a_place():
-    tiny, config, _ = real("llava")
+    tiny = Tiny("llava")
+    config = copy.deepcopy(tiny.model.config)
     config.vision_feature_select_strategy = "full"
     inputs = {"pixel_values": torch.zeros(1, 3, 24, 24)}
     grid = tiny.family.grids(tiny.processor, [[noise(40, 40)]], inputs, config)[0][0]
@@ -199,3 +188,66 @@ def test_settings_that_do_not_explain_the_pixels_are_refused():
 
 def test_every_family_is_here():
     assert len(FAMILIES) == 12
+
+
+_CROP = {"height": 336, "width": 336}
+PUBLISHED = {
+    "llava": {"size": {"shortest_edge": 336}, "crop_size": _CROP, "pixels": 336, "patch": 14},
+    "llava_next": {"size": {"shortest_edge": 336}, "crop_size": _CROP, "pixels": 336, "patch": 14},
+    "llava_onevision": {"size": {"height": 384, "width": 384}, "pixels": 384, "patch": 14},
+    "paligemma": {"size": {"height": 448, "width": 448}, "pixels": 448, "patch": 14},
+    "gemma3": {"size": {"height": 896, "width": 896}, "pixels": 896, "patch": 14},
+    "qwen2_vl": {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, "patch": 14},
+    "internvl": {"size": {"height": 448, "width": 448}, "pixels": 448, "patch": 14, "max_patches": 12},
+    "idefics3": {"size": {"longest_edge": 1456}, "max_image_size": {"longest_edge": 364}, "pixels": 364, "patch": 14},
+    "smolvlm": {"size": {"longest_edge": 2048}, "max_image_size": {"longest_edge": 512}, "pixels": 512, "patch": 16},
+}  # fmt: skip
+
+
+def published(name: str) -> Tiny:
+    """A tiny model's configuration and processor in the sizes of a published checkpoint; no model behind it."""
+    tiny = Tiny(name)
+    tiny.processor, config = copy.deepcopy(tiny.processor), copy.deepcopy(tiny.model.config)
+    settings = dict(PUBLISHED[name])
+    patch, pixels = settings.pop("patch"), settings.pop("pixels", None)
+    pair = name == "internvl"
+    config.vision_config.patch_size = (patch, patch) if pair else patch
+    if pixels:
+        config.vision_config.image_size = (pixels, pixels) if pair else pixels
+    images, side = tiny.processor.image_processor, (pixels or 0) // patch
+    if name in ("llava", "llava_next"):
+        tiny.processor.patch_size = patch
+    if name in ("llava_next", "llava_onevision"):
+        config.image_grid_pinpoints = settings["image_grid_pinpoints"] = type(images).image_grid_pinpoints
+    if name == "llava_onevision":
+        tiny.processor.num_image_tokens, tiny.processor.vision_aspect_ratio = side**2, "anyres_max_9"
+        config.vision_aspect_ratio = "anyres_max_9"
+    if name == "paligemma":
+        tiny.processor.image_seq_length = side**2
+    if name == "gemma3":
+        config.mm_tokens_per_image, soft = 256, tiny.processor.tokenizer.image_token
+        tiny.processor.full_image_sequence = f"\n\n{tiny.processor.boi_token}{soft * 256}<end_of_image>\n\n"
+    if name == "internvl":
+        tiny.processor.image_seq_length = 256
+    if name in ("idefics3", "smolvlm"):
+        config.scale_factor = 2 if name == "idefics3" else 4
+        tiny.processor.image_seq_len = (side // config.scale_factor) ** 2
+    tiny.processor.image_processor = type(images)(**{**images.to_dict(), "patch_size": patch, **settings})
+    tiny.model = types.SimpleNamespace(config=config)
+    return tiny
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_in_published_sizes_too_the_grid_counts_what_the_processor_counts(name):
+    tiny = published(name)
+    rng = np.random.default_rng(0)
+    sizes = [(640, 480), (480, 640), (1000, 1000), (33, 900), (1, 1)]
+    sizes += [tuple(int(side) for side in np.exp(rng.uniform(np.log(20), np.log(1500), 2))) for _ in range(4)]
+    for size in sizes:
+        batch = tiny.encode(Image.new("RGB", size), "a cat?")  # build_maps refuses a grid of another length
+        grid = batch.tokens[0].grids[0]
+        boxes = grid.boxes[grid.placed]
+        assert (boxes[:, 2:] <= np.array(size) + 1e-6).all()
+        for view in np.unique(grid.views[grid.views > 0]):
+            corner = grid.boxes[(grid.views == view) & (grid.cells == 0).all(axis=1)]
+            assert len(corner) <= 1
