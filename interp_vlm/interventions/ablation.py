@@ -70,7 +70,7 @@ class Ablation(CellIntervention):
     def needs_clean(self) -> bool:
         return isinstance(self.to, str) and self.to != "zero"
 
-    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         if isinstance(self.to, Tensor):
             return self._given(rows, layer, place)
         if self.to == "zero":

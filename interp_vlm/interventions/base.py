@@ -11,7 +11,7 @@ import hashlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ _ALWAYS = ("site", "queries", "keys", "layers", "to")
 _INDICES = frozenset({"layers", "heads", "units"})
 
 
+@runtime_checkable
 class Place(Protocol):
     """What the engine tells an intervention about the place where it acts."""
 
@@ -250,8 +251,9 @@ class CellIntervention(Intervention):
         """Whether the replacement is computed from the run without interventions."""
         return False
 
-    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
-        """What to put in the place of the selected rows (all heads and units; `rewrite` keeps the others)."""
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
+        """What to put in the place of the selected rows (all heads and units; `rewrite` keeps the others), one for each
+        row or one for all."""
         raise NotImplementedError
 
     def rewrite(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:

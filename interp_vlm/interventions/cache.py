@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
-from interp_vlm.tokens.select import Selector
 from interp_vlm.tokens.token_map import TokenMap
 
 __all__ = ["Cache"]
@@ -35,7 +34,7 @@ class Cache(Mapping[str, Tensor]):
         torch.Size([2, 4, 1, 128])
     """
 
-    activations: Mapping[str, Shaped[Tensor, "batch layer pos ..."]]
+    activations: Mapping[str, Shaped[Tensor, "batch _ _ ..."]]
     layers: Mapping[str, tuple[int, ...]]
     positions: Int[Tensor, "batch pos"]
     mask: Bool[Tensor, "batch pos"]
@@ -74,30 +73,31 @@ class Cache(Mapping[str, Tensor]):
             )
         return values[:, captured.index(layer)]
 
-    def rows(self, name: str, layer: int, selector: Selector) -> tuple[Shaped[Tensor, "row ..."], tuple[int, ...]]:
-        """The rows that a selector names, example after example, and how many each example gives.
+    def rows(
+        self, name: str, layer: int, wanted: Sequence[Int[Tensor, " _"]]
+    ) -> tuple[Shaped[Tensor, "row ..."], tuple[int, ...]]:
+        """The rows at absolute positions, example after example, and how many each example gives.
 
         Args:
             name: a captured site.
             layer: a captured layer.
-            selector: resolved on the captured batch's own token maps.
+            wanted: positions in each example of the captured batch.
 
         Raises:
             InterventionError: for a position that was not captured.
         """
         values = self.layer(name, layer)
         chosen = []
-        for row, tokens in enumerate(self.tokens):
+        for row, positions in enumerate(wanted):
             have = {int(position): column for column, position in enumerate(self.positions[row]) if position >= 0}
-            wanted = [int(position) for position in selector.positions(tokens)]
-            missing = [position for position in wanted if position not in have]
+            missing = [int(position) for position in positions if int(position) not in have]
             if missing:
                 raise InterventionError(
                     f"the source holds no {name!r} at position {missing[0]} of example {row}",
-                    expected=f"the {len(wanted)} positions of {selector}",
+                    expected=f"the {len(positions)} positions that are patched",
                     remedy="capture the source at the positions that are patched",
                 )
-            chosen.append(values[row, [have[position] for position in wanted]])
+            chosen.append(values[row, [have[int(position)] for position in positions]])
         return torch.cat(chosen), tuple(len(rows) for rows in chosen)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cache:

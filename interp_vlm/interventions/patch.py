@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class ActivationPatch(CellIntervention):
 
     Attributes:
         source: the `Cache` of the other run, which holds the site, the layers and the positions.
-        source_positions: where to read in the source; by default the same selector as `positions`.
+        source_positions: where to read in the source; by default the positions that are patched where source and batch
+            have their pictures and padding in the same places, otherwise what `positions` selects in the source.
 
     Errors:
         InterventionError when the source lacks the site, a layer or a position, or has another number of positions.
@@ -64,11 +66,10 @@ class ActivationPatch(CellIntervention):
         super().__init__(site, layers, positions, heads, units, **common)
         source[site]
 
-    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         if self.where.part == "vision":
             return self._tower_rows(rows, layer, place)
-        selector = self._selector if self.source_positions is None else select.of(self.source_positions)
-        donated, counts = self.source.rows(self.site, layer, selector)
+        donated, counts = self.source.rows(self.site, layer, self._read_at(place))
         if counts != place.counts:
             raise InterventionError(
                 f"the source gives {list(counts)} positions for the examples of the batch",
@@ -83,13 +84,34 @@ class ActivationPatch(CellIntervention):
             )
         return donated.to(device=rows.device, dtype=rows.dtype)
 
+    def _read_at(self, place: Place) -> list[Tensor]:
+        """The positions of the source that are read, by example."""
+        if len(self.source.tokens) != len(place.tokens):
+            raise InterventionError(
+                f"the source has {len(self.source.tokens)} examples",
+                expected=f"{len(place.tokens)}, one for each of the batch",
+                remedy="capture one source example for each example that is patched",
+            )
+        pairs = list(zip(self.source.tokens, place.tokens, strict=True))
+        alike = all(
+            torch.equal(theirs.image_index, ours.image_index)
+            and torch.equal(theirs.attention_mask, ours.attention_mask)
+            for theirs, ours in pairs
+        )
+        if self.source_positions is None and alike:
+            return [row.nonzero().flatten() for row in place.selected]
+        selector = self._selector if self.source_positions is None else select.of(self.source_positions)
+        return [selector.positions(tokens) for tokens in self.source.tokens]
+
     def _tower_rows(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
         """The vision tower's rows have no text positions: row i of the source goes to row i."""
-        donated = self.source.layer(self.site, layer).flatten(0, 1).to(rows.device)
-        index = place.tower_rows
-        if self.source_positions is not None or int(index.max()) >= len(donated):
+        theirs, ours = (
+            [[grid.vision_total for grid in t.grids] for t in maps] for maps in (self.source.tokens, place.tokens)
+        )
+        if self.source_positions is not None or theirs != ours:
             raise InterventionError(
-                f"the source has {len(donated)} rows of the vision tower, and row {int(index.max())} is patched",
-                expected="a source batch with pictures of the same sizes in the same order, and no source_positions",
+                f"the source's pictures have {theirs} rows of the vision tower",
+                expected=f"{ours}, as the pictures that are patched, and no source_positions",
+                remedy="capture pictures of the same sizes in the same order",
             )
-        return donated[index]
+        return self.source.layer(self.site, layer).flatten(0, 1).to(rows.device)[place.tower_rows]

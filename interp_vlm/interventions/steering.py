@@ -57,7 +57,7 @@ class Steering(CellIntervention):
         object.__setattr__(self, "scale", scale)
         super().__init__(site, layers, positions, heads, units, **common)
 
-    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
+    def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         direction, shape = self.direction, rows.shape[1:]
         if direction.shape != shape:
             if direction.shape[1:] != shape or direction.shape[0] != len(place.layers):
