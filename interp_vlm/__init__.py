@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from interp_vlm.interventions.vary import vary, windows
     from interp_vlm.models.anatomy import Anatomy
     from interp_vlm.readouts.answers import Answer
+    from interp_vlm.readouts.lens import LogitLens, logit_lens
+    from interp_vlm.readouts.margin import TruthMargin, truth_margin
     from interp_vlm.readouts.metrics import answer_logprob, answer_probability, flipped, logit_difference
     from interp_vlm.readouts.run import Generation, Run
     from interp_vlm.sites import SITES, Site
@@ -60,6 +62,8 @@ _HOME = {
     "interp_vlm.interventions.vary": ("vary", "windows"),
     "interp_vlm.models.anatomy": ("Anatomy",),
     "interp_vlm.readouts.answers": ("Answer",),
+    "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
+    "interp_vlm.readouts.margin": ("TruthMargin", "truth_margin"),
     "interp_vlm.readouts.metrics": ("answer_logprob", "answer_probability", "flipped", "logit_difference"),
     "interp_vlm.sites": ("SITES", "Site"),
     "interp_vlm.tokens.batch": ("Batch",),
@@ -84,6 +88,7 @@ __all__ = [
     "Generation",
     "InterpVLMError",
     "InterventionError",
+    "LogitLens",
     "ModelError",
     "Receipt",
     "Run",
@@ -93,16 +98,19 @@ __all__ = [
     "StudyError",
     "Sweep",
     "TokenMap",
+    "TruthMargin",
     "answer_logprob",
     "answer_probability",
     "data",
     "flipped",
     "load",
     "logit_difference",
+    "logit_lens",
     "reference_mean",
     "select",
     "stats",
     "sweep",
+    "truth_margin",
     "vary",
     "windows",
 ]
