@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -29,7 +30,7 @@ _OWN = ("condition", "kind", "category")
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question: the answer, its scores, and whether it is right."""
     rows = []
-    for examples, batch in batches(bench.vlm, shard.items, bench.settings.batch_size):
+    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
         answers = bench.vlm.run(batch).answers
         judge = Judge(bench.vlm, batch, examples)
         for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
@@ -38,19 +39,13 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
                     **identity(example, shard.condition),
                     "answer": str(answer),
                     "correct": judge.right(number, answer),
-                    "confidence": _probability(answer),
+                    "confidence": exp(answer.scores[normalised(answer)]),
                     "scores": json.dumps({text: round(score, 6) for text, score in answer.scores.items()}),
                     "first_token_only": judge.first_token_only[number],
                     **{f"by_{name}": scorer(str(answer), example) for name, scorer in SCORERS.items()},
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _probability(answer: Any) -> float:
-    from math import exp
-
-    return exp(answer.scores[normalised(answer)])
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -86,7 +81,8 @@ def _parts(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
 
 
 def _most_common(answers: pd.Series) -> str:
-    return answers.value_counts(sort=False).sort_index().idxmax()
+    counts = answers.value_counts()
+    return min(str(answer) for answer in counts[counts == counts.max()].index)
 
 
 def _other_rules(part: pd.DataFrame, facts: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:

@@ -13,14 +13,17 @@ __all__ = ["study"]
 def study(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Hub id, local folder or testbed:NAME; repeat for several.", show_default="the three embedded ones"),
+        typer.Option(
+            help="Hub id, local folder or testbed:NAME; repeat for several.", show_default="the three embedded ones"
+        ),
     ] = None,
     data: Annotated[
         str,
         typer.Option(help="digits, pope:FILE, file:PATH or hf:ID, options after '?': pope:FILE?images=FOLDER."),
     ] = "digits",
     out: Annotated[
-        Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/study-1, or the next free number")
+        Path | None,
+        typer.Option(help="Run folder, new or empty.", show_default="runs/study-1, or the next free number"),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Questions at most.", show_default="360 digit questions; all of other data")
@@ -28,7 +31,8 @@ def study(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, which was stopped.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of scenes, random patches and resampling.")] = 0,
     skip_broken: Annotated[
-        bool, typer.Option("--skip-broken", help="Leave pictures that cannot be read out, and count them in the report.")
+        bool,
+        typer.Option("--skip-broken", help="Leave pictures that cannot be read out, and count them in the report."),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Examples of one forward pass.")] = 48,
     device: Annotated[

@@ -40,7 +40,7 @@ class Bench:
         """The mean projected image token of the reference pictures, (d,)."""
         from interp_vlm.vlm import reference_mean
 
-        encoded = (batch for _, batch in batches(self.vlm, self.reference, self.settings.batch_size))
+        encoded = [batch for _, batch in batches(self.vlm, self.reference, self.settings.batch_size)]
         return reference_mean(self.vlm, encoded, "projector_out")
 
 

@@ -63,7 +63,9 @@ class RunFolder:
                 f"another study is running in {self.path}", remedy="wait for it, or choose another --out"
             ) from None
         except OSError as error:
-            raise StudyError(f"cannot use the folder {self.path} ({_why(error)})", remedy="choose another --out") from error
+            raise StudyError(
+                f"cannot use the folder {self.path} ({_why(error)})", remedy="choose another --out"
+            ) from error
         try:
             self._check(settings, resume)
             yield
@@ -84,7 +86,11 @@ class RunFolder:
         file = self.path / "environment.json"
         if self._saved_settings is not None and file.is_file():
             before: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-            changed = [f"{name} was {before.get(name)} and is {value}" for name, value in now.items() if before.get(name) != value]
+            changed = [
+                f"{name} was {before.get(name)} and is {value}"
+                for name, value in now.items()
+                if before.get(name) != value
+            ]
             if changed:
                 raise _differently(self.path, changed)
             for left in self.path.rglob("*.tmp"):
@@ -109,7 +115,8 @@ class RunFolder:
         saved = self._saved_settings
         if saved is None and set(found) - {"environment.json"}:
             raise StudyError(
-                f"the folder {self.path} holds no study (no settings.json, but {found[0]})", remedy="choose another --out"
+                f"the folder {self.path} holds no study (no settings.json, but {found[0]})",
+                remedy="choose another --out",
             )
         if saved is not None and (changed := saved.differences(settings)):
             raise _differently(self.path, changed)

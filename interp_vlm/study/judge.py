@@ -20,7 +20,7 @@ VOTES = 3  # as in VQA's own measure, an answer that three of ten annotators gav
 
 
 def accepted(example: Example) -> set[str]:
-    """The right answers, normalised: all that are listed, or of VQA's ten those with three votes, or else the most common.
+    """The right answers, normalised: all that are listed, or of VQA's ten those with three votes, else the most common.
 
     Example:
         >>> sorted(accepted(Example("1", None, "?", "cat", answers=("cat",) * 6 + ("dog",) * 3 + ("cow",))))

@@ -10,7 +10,7 @@ import pandas as pd
 from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.interventions.vary import vary, windows
 from interp_vlm.readouts.metrics import MetricContext, answer_probability, flipped
-from interp_vlm.stats import difference, mean, paired_test
+from interp_vlm.stats import Estimate, difference, mean, paired_test
 from interp_vlm.study.encoding import batches, identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.settings import Settings
@@ -53,7 +53,7 @@ def knockouts(bench: Bench) -> dict[tuple[str, str, int], AttentionKnockout]:
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question and knockout: the probability of the answer that the model gave without it, and flips."""
     vlm, rows = bench.vlm, []
-    for examples, batch in batches(vlm, shard.items, bench.settings.batch_size):
+    for examples, batch in batches(vlm, shard.examples, bench.settings.batch_size):
         clean = vlm.run(batch)
         context = MetricContext(clean.logits, batch, vlm.tokenizer)
         before = answer_probability(clean.logits, context)
@@ -78,7 +78,7 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """Mean relative change of the answer's probability and share of flips, by route and window; by kind over all layers."""
+    """Mean relative change of the answer's probability and share of flips, by route and window, and by kind."""
     table = []
     for (route, window, layer), part in rows.groupby(["route", "window", "layer"], sort=False):
         kinds = ["all", *sorted(set(rows["kind"]))] if window == ALL_LAYERS else ["all"]
@@ -94,7 +94,17 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
             table.append(row(replace(change, p=test.p, method=how), "change of the answer's probability", "%", **facts))
             flips = mean(some["flipped"], some["group"], seed=settings.seed)
             table.append(row(flips, "answers that flip", "%", scale=100, **facts))
+    table.append(row(_worst_leak(rows), "largest attention left on a blocked edge", "", baseline=0.0, kind="all"))
     return corrected(tidy(table, _OWN))
+
+
+def _worst_leak(rows: pd.DataFrame) -> Estimate:
+    """The receipts' proof: what attention any knockout left on the edges that it blocked."""
+    nan, groups = float("nan"), rows["group"].nunique()
+    n = rows["example"].nunique()
+    return Estimate(
+        float(rows["mass_left"].max()), nan, nan, n, groups, nan, "receipts of all runs", reason="a maximum"
+    )
 
 
 KNOCKOUT = Experiment("knockout", lambda material: material.interventions, measure, summarise, passes=21)

@@ -42,7 +42,7 @@ def masks(settings: Settings) -> Iterator[tuple[str, int, Selector]]:
     """Every mask as (name, draw, selector)."""
     share = settings.fraction
     yield "top", 0, select.top(share, by="attention")
-    yield "top without sinks", 0, select.top(share, among=select.image - select.sinks(settings.sink_threshold))
+    yield "top without sinks", 0, select.top(share, among=select.image - select.sinks())
     yield "bottom", 0, select.bottom(share, by="attention")
     yield "all", 0, select.image
     for draw in range(settings.draws):
@@ -52,9 +52,11 @@ def masks(settings: Settings) -> Iterator[tuple[str, int, Selector]]:
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question and mask: masked image tokens become the mean image token of other pictures."""
     rows = []
-    for examples, batch in batches(bench.vlm, shard.items, bench.settings.batch_size):
+    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+        # First what selectors measure: the run that it takes serves as the clean run as well.
+        bench.vlm.positions(batch, select.top(bench.settings.fraction) | select.sinks())
+        sinks = bench.vlm.positions(batch, select.sinks())
         judge = Judge(bench.vlm, batch, examples)
-        sinks = bench.vlm.positions(batch, select.sinks(bench.settings.sink_threshold))
         known = [{**identity(e, shard.condition), "sinks": len(at)} for e, at in zip(examples, sinks, strict=True)]
         rows += _answered(bench.vlm, batch, judge, known, [], {"mask": "none", "draw": 0})
         for name, draw, selector in masks(bench.settings):

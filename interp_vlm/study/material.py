@@ -32,7 +32,17 @@ class Shard:
 
     number: int
     condition: str
-    items: tuple[Example, ...] | tuple[Pair, ...]
+    items: tuple[Example | Pair, ...]
+
+    @property
+    def examples(self) -> list[Example]:
+        """The items that are examples."""
+        return [item for item in self.items if isinstance(item, Example)]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The items that are pairs."""
+        return [item for item in self.items if isinstance(item, Pair)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +50,7 @@ class Material:
     """The examples of a study.
 
     Attributes:
-        conditions: examples by condition; the first one serves the interventions, the last one the prediction of errors.
+        conditions: examples by condition; the first serves the interventions, the last the prediction of errors.
         pairs: scenes that differ in one object; none for data other than digit scenes.
         reference: examples whose pictures serve as reference for masking and for nothing else.
         skipped: what could not be read, a line each.
@@ -141,8 +151,8 @@ def shards(conditions: Mapping[str, Sequence[Example] | Sequence[Pair]], size: i
         for group in groups.values():
             current += group
             if len(current) >= size:
-                cut.append(Shard(len(cut), condition, tuple(current)))  # type: ignore[arg-type]
+                cut.append(Shard(len(cut), condition, tuple(current)))
                 current = []
         if current:
-            cut.append(Shard(len(cut), condition, tuple(current)))  # type: ignore[arg-type]
+            cut.append(Shard(len(cut), condition, tuple(current)))
     return cut

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -38,7 +38,7 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     A difference is the score of the clean picture's right answer minus that of the corrupt picture's.
     """
     vlm, size, rows = bench.vlm, bench.settings.batch_size, []
-    pairs = _with_logits(vlm, [pair for pair in shard.items if isinstance(pair, Pair)])
+    pairs = _with_logits(vlm, shard.pairs)
     for start in range(0, len(pairs), size):
         some = pairs[start : start + size]
         ((cleans, clean),) = batches(vlm, [pair.clean for pair in some], size)
@@ -54,7 +54,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             for number, pair in enumerate(some):
                 own = {name: values[number] for name, values in ends.items()}
                 changed = {"other_expected": pair.corrupt.answer, "changed": pair.changed["field"]}
-                rows.append({**identity(pair.clean, shard.condition), **changed, **what, **own, "ld_patched": patched[number]})
+                rows.append(
+                    {**identity(pair.clean, shard.condition), **changed, **what, **own, "ld_patched": patched[number]}
+                )
     return pd.DataFrame(rows)
 
 
@@ -73,7 +75,7 @@ def _values(metric: Any, logits: Any, batch: Batch, vlm: VLM) -> list[float]:
     return [float(value) for value in metric(logits, MetricContext(logits, batch, vlm.tokenizer))]
 
 
-def _with_logits(vlm: VLM, pairs: list[Pair]) -> list[Pair]:
+def _with_logits(vlm: VLM, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs whose two answers are one token each after the prompt; the others have no logit difference."""
     kept = []
     batch = vlm.encode([pair.clean.image for pair in pairs], [pair.clean.question for pair in pairs])
@@ -101,7 +103,11 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
                 "layer": layer, "baseline": 0.0, "compared": "no patch",
             }  # fmt: skip
             whole = some["ld_clean"] - some["ld_corrupt"]
-            moved = some["ld_patched"] - some["ld_corrupt"] if direction == "denoising" else some["ld_clean"] - some["ld_patched"]
+            moved = (
+                some["ld_patched"] - some["ld_corrupt"]
+                if direction == "denoising"
+                else some["ld_clean"] - some["ld_patched"]
+            )
             estimate = ratio_of_means(moved, whole, some["group"], seed=settings.seed)
             quantity = "share restored" if direction == "denoising" else "share removed"
             found = row(estimate, quantity, "", **facts)

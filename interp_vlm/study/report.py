@@ -75,7 +75,9 @@ def _page(
         panels = [{"caption": panel.caption, "png": _drawn(panel, folder)} for panel in section.panels]
         shown.append({**_shallow(section), "name": name, "panels": panels})
     names = short_names(settings.models)
-    models = [{**facts[model], "name": names[model], "parameters": _millions(facts[model])} for model in settings.models]
+    models = [
+        {**facts[model], "name": names[model], "parameters": _millions(facts[model])} for model in settings.models
+    ]
     environment = Environment(
         loader=PackageLoader("interp_vlm", "study"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

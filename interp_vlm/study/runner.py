@@ -25,7 +25,7 @@ __all__ = ["default_workers", "run_study"]
 
 
 def default_workers(settings: Settings) -> int:
-    """A process per core (up to four) for the embedded models, which are small; one for others, which fill a machine."""
+    """A process per core (up to four) for the embedded models, which are small; one for models that fill a machine."""
     embedded = all(model in EMBEDDED for model in settings.models) and settings.device is None
     return min(4, os.cpu_count() or 1) if embedded else 1
 

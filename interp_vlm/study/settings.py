@@ -31,7 +31,6 @@ class Settings:
         draws: random masks of that size.
         window: width of the knockout's windows in layers; by default 9/32 of the depth.
         on_error: "raise" an error for pictures that cannot be read, or "skip" and count them.
-        sink_threshold: above it, a token is an attention sink.
         device: where Hugging Face puts the model (its `device_map`); by default the CPU.
 
     Example:
@@ -48,7 +47,6 @@ class Settings:
     fraction: float = 0.30
     draws: int = 20
     window: int | None = None
-    sink_threshold: float = 20.0
     on_error: Literal["raise", "skip"] = "raise"
     device: str | None = None
 
@@ -91,7 +89,9 @@ class Settings:
             return cls(**{**saved, "models": tuple(saved["models"])})
         except (ValueError, TypeError, KeyError) as error:
             raise StudyError(
-                f"settings.json cannot be read ({error})", expected="the settings of a study", remedy="choose another --out"
+                f"settings.json cannot be read ({error})",
+                expected="the settings of a study",
+                remedy="choose another --out",
             ) from error
 
     def differences(self, other: Settings) -> list[str]:
@@ -107,7 +107,9 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
         >>> short_names(["testbed:llava", "Qwen/Qwen2-VL-7B-Instruct"])
         {'testbed:llava': 'llava', 'Qwen/Qwen2-VL-7B-Instruct': 'Qwen2-VL-7B-Instruct'}
     """
-    names = {model: re.sub(r"[^\w.-]+", "-", re.split(r"[:/\\]", model.rstrip("/\\"))[-1]).strip(".-") for model in models}
+    names = {
+        model: re.sub(r"[^\w.-]+", "-", re.split(r"[:/\\]", model.rstrip("/\\"))[-1]).strip(".-") for model in models
+    }
     taken: dict[str, str] = {}
     for number, (model, name) in enumerate(names.items()):
         lowered = {other.lower() for other in taken.values()}

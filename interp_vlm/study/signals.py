@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
     from interp_vlm.tokens.token_map import TokenMap
 
-__all__ = ["MEASURES", "MEAN_LAYER", "SIGNALS"]
+__all__ = ["MEAN_LAYER", "MEASURES", "SIGNALS"]
 
 MEAN_LAYER = -1
 """The layer number of the attention averaged over all layers."""
@@ -47,35 +48,33 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     The attention is that of the last prompt token on the image tokens, averaged over heads.
     """
     rows = []
-    for examples, batch in batches(bench.vlm, shard.items, bench.settings.batch_size):
+    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+        # First what selectors measure: the run that it takes serves as the clean run as well.
+        sinks = bench.vlm.positions(batch, select.sinks())
         answers = bench.vlm.run(batch).answers
-        judge = Judge(bench.vlm, batch, examples)
         patterns = bench.vlm.capture(batch, "pattern", positions="last")["pattern"]
-        sinks = bench.vlm.positions(batch, select.sinks(bench.settings.sink_threshold))
+        judge = Judge(bench.vlm, batch, examples)
         for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-            shape = _shape(patterns[number], batch.tokens[number], sinks[number])
-            from_run = {
+            known = {
                 **identity(example, shard.condition),
                 "answer": str(answer),
                 "correct": judge.right(number, answer),
-                "confidence": float(torch.tensor(answer.scores[normalised(answer)], dtype=torch.float64).exp()),
+                "confidence": exp(answer.scores[normalised(answer)]),
                 "sink_tokens": len(sinks[number]),
             }
-            rows.append(shape.assign(**from_run)[[*from_run, *shape.columns]])
-    return pd.concat(rows, ignore_index=True)
+            rows += [{**known, **shape} for shape in _shapes(patterns[number], batch.tokens[number], sinks[number])]
+    return pd.DataFrame(rows)
 
 
-def _shape(pattern: Tensor, tokens: TokenMap, sinks: Tensor) -> pd.DataFrame:
+def _shapes(pattern: Tensor, tokens: TokenMap, sinks: Tensor) -> list[dict[Any, Any]]:
     """The measures of one example, layer by layer and for the mean over layers, with and without its sinks."""
     pattern = torch.cat([pattern.mean(dim=0, keepdim=True), pattern])
     layers = [MEAN_LAYER, *range(len(pattern) - 1)]
-    kept = structure(pattern, tokens, layers=layers).assign(sinks="with")
+    kept = without = structure(pattern, tokens, layers=layers).to_dict("records")
     if len(sinks):
-        exclude = torch.isin(tokens.picture_tokens(0), sinks.cpu())
-        without = structure(pattern, tokens, layers=layers, exclude=exclude.to(pattern.device))
-    else:
-        without = kept
-    return pd.concat([kept, without.assign(sinks="without")]).drop(columns="entropy_change")
+        exclude = torch.isin(tokens.picture_tokens(0).cpu(), sinks.cpu()).to(pattern.device)
+        without = structure(pattern, tokens, layers=layers, exclude=exclude).to_dict("records")
+    return [{"sinks": which, **row} for which, rows in (("with", kept), ("without", without)) for row in rows]
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
@@ -121,7 +120,9 @@ def _relations(
 
 def _sinks(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> dict[str, Any]:
     once = part[part["sinks"] == "with"]
-    return row(mean(once["sink_tokens"], once["group"], seed=settings.seed), "attention sinks on the picture", "tokens", **own)
+    return row(
+        mean(once["sink_tokens"], once["group"], seed=settings.seed), "attention sinks on the picture", "tokens", **own
+    )
 
 
 def _levels(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:

@@ -7,14 +7,32 @@ from collections.abc import Iterator, Sequence
 import pandas as pd
 
 from interp_vlm.study.sections.section import Panel, Section
-from interp_vlm.study.sections.style import blank, colours, dots, finish, layers_axis, line, reference
-from interp_vlm.study.sections.words import bracket, excludes, grid, interval_fact, listed, one, sizes, span, text
+from interp_vlm.study.sections.style import MARKERS, blank, colours, dots, finish, layers_axis, line, reference
+from interp_vlm.study.sections.words import (
+    counted,
+    each,
+    excludes,
+    grid,
+    interval_fact,
+    listed,
+    one,
+    sinks_fact,
+    sizes,
+    span,
+    text,
+)  # fmt: skip
 from interp_vlm.study.signals import MEAN_LAYER, MEASURES
 
 __all__ = ["section"]
 
-_SHAPE = ("entropy_normalised", "clusters", "max_attention")
-_SHORT = {"entropy_normalised": "H_s", "clusters": "C_k", "max_attention": "the largest attention"}
+_SHAPE = {"entropy_normalised": "Hₛ", "clusters": "Cₖ", "max_attention": "the largest attention"}
+_METHOD = """Attention of the last prompt token on the image tokens, averaged over heads and layers. Hₛ: entropy of
+that distribution, in nats, and divided by ln n so that grids of different size compare. Cₖ: DBSCAN clusters (eps 1.5,
+at least 3) of the 10 % most attended tokens. Measures as in arXiv 2605.08200 and 2606.17389; sinks as in arXiv
+2503.03321. The answer is read within one kind of question, because kinds differ both in difficulty and in attention,
+which alone makes a correlation."""
+_FOREST = """How well each measure separates right from wrong answers, with 95 % intervals. Above 0.5, higher values
+go with right answers; below 0.5, with wrong ones."""
 
 
 def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
@@ -22,141 +40,136 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
     kind = table["kind"].iloc[0]
     scope = table[table["kind"] == kind]
     auroc = scope[(scope["quantity"] == "AUROC") & (scope["layer"] == MEAN_LAYER) & (scope["sinks"] != "without")]
-    within = f"within {kind} questions" if kind != "all" else "over all questions"
+    over = "over all questions" if kind == "all" else f"within {kind} questions"
+    condition = auroc["condition"].iloc[0]
     return Section(
         title="Does the shape of attention tell right answers from wrong ones?",
-        question=f"Do spread (H_s), clusters (C_k) and peak of the attention on the picture predict correctness, {within}?",
-        answer=_answer(auroc, models),
+        question=f"Do spread (Hₛ), clusters (Cₖ) and peak of the attention on the picture predict correctness, {over}?",
+        answer=_answer(auroc),
         points=tuple(_points(scope, models)),
         facts=(
-            ("n", f"{sizes(auroc)} ({auroc['condition'].iloc[0]}), {within}"),
-            ("interval", interval_fact(auroc) + "; not corrected for the number of measures"),
-            ("compared with", "AUROC 0.5 and correlation 0: no information; and with the model's own confidence"),
-            ("sinks", _sinks(scope)),
+            (
+                "n",
+                f"{sizes(auroc)}, {over} ({condition}{', with more noise and clutter' if condition == 'hard' else ''})",
+            ),
+            ("wrong answers", _errors(scope)),
+            ("interval", f"{interval_fact(auroc)}; not corrected for the number of measures"),
+            ("compared with", "no information (AUROC 0.5, correlation 0), and the model's own confidence"),
+            ("attention sinks", sinks_fact(scope)),
         ),
-        method="Attention of the last prompt token on the image tokens, averaged over heads and layers. H_s: entropy of that "
-        "distribution, divided by ln n so that grids of different size compare. C_k: DBSCAN clusters (eps 1.5, at least 3) of the "
-        "10 % most attended tokens. Measures as in arXiv 2605.08200 and 2606.17389. One kind of question at a time, because kinds "
-        "differ in difficulty and in attention, which alone makes a correlation.",
+        method=_METHOD,
         panels=(_forest(auroc, models), _by_layer(scope, models), *_levels(scope, models)),
         table=_table(table, models),
-        summary=_summary(auroc, models),
+        summary=_summary(auroc),
     )
 
 
-def _informative(auroc: pd.DataFrame) -> pd.DataFrame:
-    shape = auroc[auroc["measure"].isin(_SHAPE)]
-    return shape[[excludes(row, 0.5) for _, row in shape.iterrows()]]
-
-
-def _answer(auroc: pd.DataFrame, models: Sequence[str]) -> str:
-    found, total = _informative(auroc), int(auroc["measure"].isin(_SHAPE).sum())
+def _shape(auroc: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The measures of shape that have an interval, and those of them whose interval excludes chance."""
     known = auroc[auroc["measure"].isin(_SHAPE) & auroc["low"].notna()]
+    return known, known[[excludes(row, 0.5) for _, row in known.iterrows()]]
+
+
+def _answer(auroc: pd.DataFrame) -> str:
+    known, found = _shape(auroc)
     if not len(known):
-        return "This cannot be said: there are too few wrong answers (or too few pictures) for an interval."
+        return "This cannot be said: there are too few wrong answers, or too few pictures, for an interval."
+    rest = f"for the other {len(known) - len(found)} of {len(known)} measures there is no evidence"
     if not len(found):
-        return f"There is no evidence that it does: all {total} intervals include chance. {_confidence(auroc, models)}"
-    named = [f"{_SHORT[row['measure']]} in {row['model']} ({span(row, 2)})" for _, row in found.iterrows()]
-    rest = "" if len(found) == total else f" For the other {total - len(found)} of {total} there is no evidence."
-    return f"In part: the AUROC differs from chance for {listed(named)}.{rest} {_confidence(auroc, models)}"
+        verdict = f"There is no evidence that it does: all {len(known)} intervals include chance."
+    else:
+        named = listed(f"{_SHAPE[row['measure']]} in {row['model']} ({span(row, 2)})" for _, row in found.iterrows())
+        verdict = f"In part: the AUROC differs from chance for {named}{'; ' + rest if len(found) < len(known) else ''}."
+    confidence = auroc[(auroc["measure"] == "confidence") & auroc["value"].notna()]
+    shown = each((row for _, row in confidence.iterrows()), lambda row: text(row["value"], 2))
+    return f"{verdict} For comparison, the model's confidence in its answer reaches {shown}."
 
 
-def _confidence(auroc: pd.DataFrame, models: Sequence[str]) -> str:
-    rows = auroc[(auroc["measure"] == "confidence") & auroc["value"].notna()]
-    if not len(rows):
-        return ""
-    each = [f"{text(row['value'], 2)} ({row['model']})" for _, row in rows.iterrows()]
-    return f"The model's confidence in its answer, for comparison, reaches {listed(each)}."
-
-
-def _summary(auroc: pd.DataFrame, models: Sequence[str]) -> str:
-    known = auroc[auroc["measure"].isin(_SHAPE) & auroc["low"].notna()]
+def _summary(auroc: pd.DataFrame) -> str:
+    known, found = _shape(auroc)
     if not len(known):
         return ""
-    found, confidence = _informative(auroc), auroc.loc[auroc["measure"] == "confidence", "value"].dropna()
-    farthest = float((known["value"] - 0.5).abs().max()) + 0.5
-    surest = f", against {text(confidence.min(), 2)} or more for confidence" if len(confidence) else ""
+    confidence = auroc.loc[auroc["measure"] == "confidence", "value"].dropna()
+    against = f", while confidence reaches {text(confidence.min(), 2)} or more" if len(confidence) else ""
     if not len(found):
-        return "Nothing suggests that the shape of attention tells right answers from wrong ones."
+        return f"There is no evidence that the shape of attention tells right answers from wrong ones{against}."
+    farthest = _farthest(found)
+    number = f"{len(found)} of {counted(len(known), 'measure')} of the shape of attention"
     return (
-        f"The shape of attention says little about correctness: {len(found)} of {len(known)} measures differ from chance, the "
-        f"farthest with an AUROC of {text(farthest, 2)} (in its better direction){surest}."
+        f"{number} {'tells' if len(found) == 1 else 'tell'} right answers from wrong ones better than chance ("
+        f"farthest: {_SHAPE[farthest['measure']]} in {farthest['model']}, AUROC {text(farthest['value'], 2)}){against}."
     )
+
+
+def _farthest(rows: pd.DataFrame) -> pd.Series:
+    """The row whose AUROC is farthest from chance."""
+    return rows.iloc[int((rows["value"] - 0.5).abs().to_numpy().argmax())]
 
 
 def _points(scope: pd.DataFrame, models: Sequence[str]) -> Iterator[str]:
-    """The layer at which a single layer's entropy says most."""
+    """The layer whose entropy says most."""
     layers = scope[(scope["quantity"] == "AUROC") & (scope["layer"] >= 0) & (scope["measure"] == "entropy_normalised")]
     for model in models:
         own = layers[(layers["model"] == model) & layers["low"].notna()]
-        if not len(own):
-            continue
-        row = own.loc[(own["value"] - 0.5).abs().idxmax()]
-        verdict = "" if excludes(row, 0.5) else ", which includes chance"
-        yield (
-            f"{model}: of {len(own)} single layers, the entropy of layer {row['layer']} says most: AUROC "
-            f"{text(row['value'], 2)} {bracket(row, 2)}{verdict} (the best of {len(own)}, so partly luck)."
-        )
+        if len(own):
+            row = _farthest(own)
+            doubt = f"the best of {len(own)} layers, so partly luck" if excludes(row, 0.5) else "no evidence"
+            yield f"{model}: taken alone, layer {row['layer']} has the most telling Hₛ, AUROC {span(row, 2)} ({doubt})."
 
 
-def _sinks(scope: pd.DataFrame) -> str:
-    counts = scope[scope["quantity"] == "attention sinks on the picture"]
-    if float(counts["value"].max()) == 0.0:
-        return "no image token reaches the threshold for an attention sink, so that with and without sinks are the same"
-    return listed(f"{text(row['value'], 1)} tokens a picture in {row['model']}" for _, row in counts.iterrows())
+def _errors(scope: pd.DataFrame) -> str:
+    wrong = scope[scope["quantity"] == "mean where wrong"].drop_duplicates("model")
+    return each((row for _, row in wrong.iterrows()), lambda row: str(row["n"]))
 
 
 def _forest(auroc: pd.DataFrame, models: Sequence[str]) -> Panel:
-    names = {name: words.replace(" (baseline)", "\n(baseline)") for name, words in MEASURES.items() if name != "entropy"}
-    names["max_attention"] = "largest attention\non a patch"
-    names["entropy_normalised"], names["clusters"] = "spatial entropy\nH_s / ln n", "clusters C_k"
-    rows = auroc[auroc["measure"].isin(names)].assign(label=lambda rows: rows["measure"].map(names))
+    names = {
+        "entropy_normalised": "spatial entropy\n$H_s$ / ln n",
+        "clusters": "clusters $C_k$",
+        "max_attention": "largest attention\non a patch",
+        "confidence": "confidence in the\nanswer (baseline)",
+    }
+    rows = auroc[auroc["measure"].isin(names)]
     figure, axes = blank(1.2 + 0.55 * len(names))
     reference(axes, 0.5, "chance")
-    dots(axes, rows, list(names.values()), models, by="label")
+    dots(axes, rows.assign(label=rows["measure"].map(names)), list(names.values()), models, by="label")
     axes.set(xlim=(0, 1), xlabel="AUROC for a right answer")
-    caption = (
-        "How well each measure separates right from wrong answers, with 95 % intervals. Above 0.5: higher values go with right "
-        "answers; below 0.5: with wrong ones."
-    )
-    return Panel("signals-auroc", caption, finish(figure, axes))
+    return Panel("signals-auroc", _FOREST, finish(figure, axes))
 
 
 def _by_layer(scope: pd.DataFrame, models: Sequence[str]) -> Panel:
     rows = scope[(scope["quantity"] == "AUROC") & (scope["layer"] >= 0) & (scope["measure"] == "entropy_normalised")]
     figure, axes = blank(3.4)
     reference(axes, 0.5, "chance", vertical=False)
-    for (model, colour), marker in zip(colours(models).items(), "os^DvPX" * len(models), strict=False):
-        line(axes, rows[rows["model"] == model], colour, model, marker)
+    for number, (model, colour) in enumerate(colours(models).items()):
+        line(axes, rows[rows["model"] == model], colour, model, MARKERS[number % len(MARKERS)])
     layers_axis(axes, int(rows["layer"].max()) + 1, "decoder layer")
-    axes.set(ylim=(0, 1), ylabel="AUROC of H_s / ln n")
-    return Panel("signals-layers", "The same for the entropy of one layer at a time; bands: 95 % intervals.", finish(figure, axes))
+    axes.set(ylim=(0, 1), ylabel="AUROC of $H_s$ / ln n")
+    caption = "The same for the entropy of one layer's attention at a time; bands: 95 % intervals."
+    return Panel("signals-layers", caption, finish(figure, axes))
 
 
 def _levels(scope: pd.DataFrame, models: Sequence[str]) -> Iterator[Panel]:
     for model in models:
         own = scope[scope["model"] == model]
         figure, axes = blank(3.0)
-        for words, colour, style in (("mean where right", "#0072b2", "-"), ("mean where wrong", "#d55e00", "--")):
-            rows = own[own["quantity"] == words]
-            line(axes, rows, colour, words.removeprefix("mean where ") + " answers", style=style)
+        for answers, colour, style in (("right", "0.25", "-"), ("wrong", "#b2182b", "--")):
+            rows = own[own["quantity"] == f"mean where {answers}"]
+            line(axes, rows, colour, f"{answers} answers", style=style)
         layers_axis(axes, int(own["layer"].max()) + 1, "decoder layer")
-        axes.set(ylim=(0, 1), ylabel="H_s / ln n")
-        caption = f"{model}: how concentrated attention is, layer by layer (0: one patch, 1: spread evenly); bands: 95 % intervals."
+        axes.set(ylim=(0, 1), ylabel="$H_s$ / ln n")
+        caption = f"{model}: spread of attention, layer by layer (0: one patch, 1: even); bands: 95 % intervals."
         yield Panel(f"signals-entropy-{model}", caption, finish(figure, axes))
 
 
 def _table(table: pd.DataFrame, models: Sequence[str]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     shown = table[(table["layer"] == MEAN_LAYER) & table["quantity"].isin(["AUROC", "point-biserial correlation"])]
-    leads = list(shown[["kind", "measure", "sinks", "quantity"]].drop_duplicates().itertuples(index=False, name=None))
+    leads = shown[["kind", "measure", "sinks", "quantity"]].drop_duplicates().itertuples(index=False, name=None)
+    keys = {(k, MEASURES[m] + (", sinks left out" if s == "without" else ""), q): (k, m, s, q) for k, m, s, q in leads}
 
     def cell(lead: tuple[str, ...], model: str) -> str:
-        kind, measure, quantity = lead
-        name, _, sinks = measure.partition(", ")
-        key = next(key for key, words in MEASURES.items() if words == name)
-        wanted = "without" if sinks else "" if key == "confidence" else "with"
-        row = one(shown, model=model, kind=kind, measure=key, sinks=wanted, quantity=quantity)
+        kind, measure, sinks, quantity = keys[lead[0], lead[1], lead[2]]
+        row = one(shown, model=model, kind=kind, measure=measure, sinks=sinks, quantity=quantity)
         return "" if row is None else span(row, 2)
 
-    named = [(k, MEASURES[m] + (", sinks left out" if s == "without" else ""), q) for k, m, s, q in leads]
-    return grid(named, models, cell, ("questions", "measure", "statistic"))
+    return grid(list(keys), models, cell, ("questions", "measure", "statistic"))

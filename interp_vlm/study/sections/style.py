@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,22 +10,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["MARKERS", "blank", "colours", "dots", "finish", "layers_axis", "line"]
+__all__ = ["MARKERS", "PARTS", "blank", "colours", "dots", "finish", "layers_axis", "line", "places", "reference"]
 
 # Okabe and Ito's palette, told apart with any colour vision.
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_MODELS = ("#0072b2", "#d55e00", "#009e73", "#56b4e9", "#e69f00", "#cc79a7", "#000000")
+PARTS = ("#000000", "#cc79a7", "#e69f00", "#56b4e9")
+"""Colours of parts of one model (routes, positions), other than the first models' colours."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _GREY = "0.45"
-WIDTH = 5.2
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each name, in order."""
-    return {name: _PALETTE[number % len(_PALETTE)] for number, name in enumerate(names)}
+def colours(models: Sequence[str]) -> dict[str, str]:
+    """A colour for each model, in order."""
+    return {model: _MODELS[number % len(_MODELS)] for number, model in enumerate(models)}
 
 
-def blank(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """An empty figure in inches."""
+def blank(height: float, width: float = 5.2) -> tuple[Figure, Axes]:
+    """An empty figure, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -35,25 +35,29 @@ def blank(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def dots(axes: Axes, table: pd.DataFrame, labels: Sequence[str], names: Sequence[str], by: str, of: str = "model") -> None:
-    """Values with intervals: a line of the figure for each label, in it a dot for each name.
+def places(labels: int, models: int) -> np.ndarray:
+    """Where the dot of each model lies on each line of a figure, (model, label)."""
+    offsets = (np.arange(models) - (models - 1) / 2) * 0.7 / max(models, 1)
+    return np.arange(labels) + offsets[:, None]
+
+
+def dots(axes: Axes, table: pd.DataFrame, labels: Sequence[str], models: Sequence[str], by: str) -> None:
+    """Values with intervals: a line of the figure for each label, on it a dot for each model.
 
     Args:
         axes: where to draw.
-        table: rows with `value`, `low`, `high`, the label in column `by` and the name in column `of`.
+        table: rows with `model`, `value`, `low` and `high`, and the label in column `by`.
         labels: from top to bottom.
-        names: in their own colours.
+        models: from top to bottom within a line.
     """
-    painted = colours(names)
-    step = 0.7 / max(len(names), 1)
-    for number, name in enumerate(names):
-        own = table[table[of] == name].drop_duplicates(by).set_index(by).reindex(labels)
-        y = np.arange(len(labels)) + (number - (len(names) - 1) / 2) * step
-        value = own["value"].to_numpy(dtype=float)
-        error = np.nan_to_num(np.abs(np.stack([value - own["low"], own["high"] - value]).astype(float)))
+    painted, at = colours(models), places(len(labels), len(models))
+    for number, model in enumerate(models):
+        own = table[table["model"] == model].drop_duplicates(by).set_index(by).reindex(list(labels))
+        value, low, high = (own[name].to_numpy(dtype=float) for name in ("value", "low", "high"))
+        error = np.nan_to_num(np.stack([value - low, high - value])).clip(min=0)
         axes.errorbar(
-            value, y, xerr=error, fmt=MARKERS[number % len(MARKERS)], color=painted[name], label=name,
-            markersize=5, linewidth=1.6, capsize=0,
+            value, at[number], xerr=error, fmt=MARKERS[number % len(MARKERS)], color=painted[model], label=model,
+            markersize=5, linewidth=1.6,
         )  # fmt: skip
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -65,10 +69,9 @@ def dots(axes: Axes, table: pd.DataFrame, labels: Sequence[str], names: Sequence
 def line(axes: Axes, rows: pd.DataFrame, colour: str, label: str, marker: str = "o", style: str = "-") -> None:
     """Values over layers, with their intervals as a band."""
     rows = rows.sort_values("layer")
-    x, value = rows["layer"].to_numpy(dtype=float), rows["value"].to_numpy(dtype=float)
-    low, high = (rows[name].to_numpy(dtype=float) for name in ("low", "high"))
-    axes.plot(x, value, color=colour, linestyle=style, marker=marker, markersize=4.5, linewidth=1.6, label=label)
-    axes.fill_between(x, low, high, where=~np.isnan(low).astype(bool), color=colour, alpha=0.15, linewidth=0)
+    layer, value, low, high = (rows[name].to_numpy(dtype=float) for name in ("layer", "value", "low", "high"))
+    axes.plot(layer, value, color=colour, linestyle=style, marker=marker, markersize=4.5, linewidth=1.6, label=label)
+    axes.fill_between(layer, low, high, where=np.isfinite(low), color=colour, alpha=0.14, linewidth=0)  # type: ignore[arg-type]
 
 
 def layers_axis(axes: Axes, n_layers: int, label: str) -> None:
@@ -78,18 +81,17 @@ def layers_axis(axes: Axes, n_layers: int, label: str) -> None:
     axes.set_xlabel(label)
 
 
-def reference(axes: Axes, value: float, label: str, vertical: bool = True) -> None:
+def reference(axes: Axes, value: float, label: str = "", vertical: bool = True) -> None:
     """A dashed line that says what no effect would be."""
     draw = axes.axvline if vertical else axes.axhline
     draw(value, color=_GREY, linestyle="--", linewidth=1, label=label, zorder=1)
 
 
-def finish(figure: Figure, axes: Axes, columns: int | None = None, **options: Any) -> Figure:
+def finish(figure: Figure, axes: Axes, columns: int = 4) -> Figure:
     """Put the legend above the axes, where it covers nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(
-            handles, labels, loc="outside upper left", ncols=columns or min(len(labels), 4), frameon=False,
-            fontsize=9, handletextpad=0.4, columnspacing=1.2, **options,
-        )  # fmt: skip
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=min(len(labels), columns), frameon=False, fontsize=9,
+        handletextpad=0.4, columnspacing=1.2,
+    )  # fmt: skip
     return figure

@@ -1,43 +1,57 @@
-"""Numbers in words: the sentences of the report are made here, never written by hand."""
+"""Numbers in words: the sentences of the report are made from tables here, never written by hand."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
-__all__ = ["bracket", "counted", "excludes", "listed", "one", "p_text", "sizes", "span", "text"]
+__all__ = [
+    "bracket", "counted", "each", "excludes", "grid", "interval_fact", "listed", "one", "p_text", "percent",
+    "sinks_fact", "sizes", "span", "text",
+]  # fmt: skip
 
-NOTHING = "–"
+GLUE = "\u00a0"  # a blank at which no line breaks
 
 
 def text(value: float, digits: int = 1) -> str:
-    """A number with a true minus sign, or a dash where there is none."""
+    """A number with a true minus sign, or a dash where there is none.
+
+    Example:
+        >>> text(-0.04), text(-2.25, 2)
+        ('0.0', '−2.25')
+    """
     if value is None or math.isnan(value):
-        return NOTHING
+        return "–"
     shown = f"{value:.{digits}f}"
     return (shown.lstrip("-") if float(shown) == 0 else shown).replace("-", "−")
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A number with its percent sign, kept on one line."""
+    return f"{text(value, digits)}{GLUE}%"
 
 
 def bracket(row: pd.Series, digits: int = 1) -> str:
     """The interval of a table's row as [low, high], or "" where there is none."""
     if math.isnan(row["low"]):
         return ""
-    return f"[{text(row['low'], digits)}, {text(row['high'], digits)}]"
+    return f"[{text(row['low'], digits)},{GLUE}{text(row['high'], digits)}]"
 
 
 def span(row: pd.Series, digits: int = 1, unit: str = "") -> str:
-    """Value and interval of a table's row."""
-    return " ".join(filter(None, (text(row["value"], digits) + unit, bracket(row, digits))))
+    """Value, unit and interval of a table's row."""
+    value = f"{text(row['value'], digits)}{GLUE}{unit}" if unit else text(row["value"], digits)
+    return " ".join(filter(None, (value, bracket(row, digits))))
 
 
 def p_text(p: float) -> str:
     """A p-value as it is usually written."""
     if p is None or math.isnan(p):
-        return NOTHING
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+        return "–"
+    return f"p{GLUE}<{GLUE}0.001" if p < 0.001 else f"p{GLUE}={GLUE}{p:.3f}" if p < 0.1 else f"p{GLUE}={GLUE}{p:.2f}"
 
 
 def listed(parts: Iterable[str]) -> str:
@@ -49,6 +63,11 @@ def listed(parts: Iterable[str]) -> str:
     """
     *most, final = list(parts)
     return f"{', '.join(most)} and {final}" if most else final
+
+
+def each(rows: Iterable[pd.Series], value: Callable[[pd.Series], str]) -> str:
+    """A value for each model, as in "62 % (llava) and 63 % (paligemma)"."""
+    return listed(f"{value(row)} ({row['model']})" for row in rows)
 
 
 def excludes(row: pd.Series, null: float) -> bool:
@@ -73,30 +92,40 @@ def counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def sizes(table: pd.DataFrame, noun: str = "question", group: str = "picture") -> str:
-    """How many observations, and how many groups, the numbers of a table rest on."""
-    rows = table.drop_duplicates(["n", "groups"])
-    ns, groups = sorted(set(rows["n"])), sorted(set(rows["groups"]))
-    if len(ns) == 1:
-        return f"{counted(int(ns[0]), noun)} about {counted(int(groups[0]), group)}"
-    return f"{ns[0]:,} to {counted(int(ns[-1]), noun)} about {groups[0]:,} to {counted(int(groups[-1]), group)}"
+def sizes(rows: pd.DataFrame) -> str:
+    """How many questions and pictures the numbers of a table rest on (the same for every row)."""
+    first = rows.iloc[0]
+    return f"{counted(int(first['n']), 'question')} about {counted(int(first['groups']), 'picture')}"
 
 
 def interval_fact(table: pd.DataFrame) -> str:
     """How the intervals of a table were computed."""
     level = table["level"].dropna()
-    return f"{100 * float(level.iloc[0]):g} %, bootstrap over pictures" if len(level) else "none"
+    return f"{percent(100 * float(level.iloc[0]))}, bootstrap over pictures (BCa)" if len(level) else "none"
+
+
+def sinks_fact(table: pd.DataFrame) -> str:
+    """Whether there are attention sinks on the pictures at all."""
+    counts = table[table["quantity"] == "attention sinks on the picture"]
+    if float(counts["value"].max()) > 0.0:
+        return f"{each((row for _, row in counts.iterrows()), lambda row: text(row['value']))} tokens a picture"
+    return (
+        "none: no image token scores above 20 (a model narrower than 400 cannot), so leaving sinks out changes nothing"
+    )
 
 
 def grid(
-    rows: Sequence[tuple[str, ...]], models: Sequence[str], cell: Any, heads: Sequence[str]
+    leads: Sequence[tuple[str, ...]],
+    models: Sequence[str],
+    cell: Callable[[tuple[str, ...], str], str],
+    heads: tuple[str, ...],
 ) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
     """A compact table with a column for each model.
 
     Args:
-        rows: the leading cells of each line.
-        models: column heads after those in `heads`.
-        cell: cell(lead, model) gives the text.
+        leads: the leading cells of each line.
+        models: heads of the columns after the leading ones.
+        cell: the text for a line and a model.
         heads: heads of the leading cells.
     """
-    return (*heads, *models), tuple((*lead, *(cell(lead, model) for model in models)) for lead in rows)
+    return (*heads, *models), tuple((*lead, *(cell(lead, model) for model in models)) for lead in leads)
