@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             train(given.family, given.out, given.seed, resume=given.resume)
         else:
-            from interp_vlm.testbed.card import write_card
+            from interp_vlm.testbed.measure import write_card
 
             write_card(given.folder, given.n, progress=True)
     except InterpVLMError as error:

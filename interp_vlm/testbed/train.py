@@ -280,7 +280,7 @@ def train(
 
 def _measured(out: Path, n: int, progress: bool) -> Path:
     if n and "figures" not in json.loads((out / "card.json").read_text()):
-        from interp_vlm.testbed.card import write_card
+        from interp_vlm.testbed.measure import write_card
 
         write_card(out, n, progress=progress)
     return out

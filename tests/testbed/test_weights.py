@@ -5,7 +5,7 @@ import torch
 
 from interp_vlm import testbed
 from interp_vlm.data.digits import digit_scenes
-from interp_vlm.testbed.card import CHECKED, Bench, interval
+from interp_vlm.testbed.measure import CHECKED, Bench, interval
 
 SUBSET = 300
 
