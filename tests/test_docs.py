@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from interp_vlm import testbed
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Blocks that need the published weights are shown, not run (docs/published-models.md says so).
@@ -32,6 +34,45 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+ROWS = {
+    "all, standard": ("standard", "all"),
+    "existence": ("standard", "existence"),
+    "existence, adversarial negatives": ("standard", "existence_no_adversarial"),
+    "count": ("standard", "count"),
+    "colour": ("standard", "colour"),
+    "digit": ("standard", "digit"),
+    "where": ("standard", "where"),
+    "all, hard": ("hard", "all"),
+    "existence, hard": ("hard", "existence"),
+    "best answer to the question's kind": ("text_only", "best_answer_of_kind"),
+    "other pictures": ("text_only", "images_shuffled"),
+    "picture mean-ablated": ("interventions", "image_mean_ablated", "all"),
+    "text to picture blocked": ("interventions", "text_to_image_blocked", "all"),
+    "30 % most attended patches masked": ("patches_masked", "top", "accuracy"),
+    "30 % random patches masked": ("patches_masked", "random", "accuracy"),
+    "30 % least attended patches masked": ("patches_masked", "bottom", "accuracy"),
+}
+
+
+def card_table():
+    """The table of docs/testbed.md, from the cards."""
+    lines = ["| accuracy, % | " + " | ".join(testbed.NAMES) + " |", "|---|" + "---|" * len(testbed.NAMES)]
+    for label, path in ROWS.items():
+        cells = []
+        for name in testbed.NAMES:
+            figure = testbed.card(name)["figures"]
+            for key in path:
+                figure = figure[key]
+            value, low, high = (100 * figure[key] for key in ("value", "low", "high"))
+            cells.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def test_the_figures_of_the_embedded_models_are_those_of_their_cards():
+    assert card_table() in (ROOT / "docs" / "testbed.md").read_text()
 
 
 def test_documents_name_only_what_exists():
