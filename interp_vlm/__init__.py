@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from interp_vlm.interventions.vary import vary, windows
     from interp_vlm.models.anatomy import Anatomy
     from interp_vlm.readouts.answers import Answer
+    from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
     from interp_vlm.readouts.lens import LogitLens, logit_lens
     from interp_vlm.readouts.margin import TruthMargin, truth_margin
     from interp_vlm.readouts.metrics import answer_logprob, answer_probability, flipped, logit_difference
@@ -62,6 +63,7 @@ _HOME = {
     "interp_vlm.interventions.vary": ("vary", "windows"),
     "interp_vlm.models.anatomy": ("Anatomy",),
     "interp_vlm.readouts.answers": ("Answer",),
+    "interp_vlm.readouts.consistency": ("SelfConsistency", "self_consistency"),
     "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
     "interp_vlm.readouts.margin": ("TruthMargin", "truth_margin"),
     "interp_vlm.readouts.metrics": ("answer_logprob", "answer_probability", "flipped", "logit_difference"),
@@ -93,6 +95,7 @@ __all__ = [
     "Receipt",
     "Run",
     "SelectionError",
+    "SelfConsistency",
     "Site",
     "Steering",
     "StudyError",
@@ -108,6 +111,7 @@ __all__ = [
     "logit_lens",
     "reference_mean",
     "select",
+    "self_consistency",
     "stats",
     "sweep",
     "truth_margin",
