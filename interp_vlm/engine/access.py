@@ -30,12 +30,12 @@ class AttentionInputs:
         q, k, v: outputs of the projections, before q/k norms and rotary embedding.
     """
 
-    keep: Bool[Tensor, "batch heads query key"] | None
-    cos: Float[Tensor, "batch pos d_head"]
-    sin: Float[Tensor, "batch pos d_head"]
-    q: Float[Tensor, "batch pos width"]
-    k: Float[Tensor, "batch pos width"]
-    v: Float[Tensor, "batch pos width"]
+    keep: Bool[Tensor, "#batch heads query key"] | None
+    cos: Float[Tensor, "#batch pos d_head"]
+    sin: Float[Tensor, "#batch pos d_head"]
+    q: Float[Tensor, "batch pos q_width"]
+    k: Float[Tensor, "batch pos kv_width"]
+    v: Float[Tensor, "batch pos kv_width"]
 
 
 class Access:
@@ -198,7 +198,9 @@ def as_keep(found: Tensor | None, hidden: Tensor, past: Any, layer: int) -> Bool
     return found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
 
 
-def as_additive(keep: Bool[Tensor, "*shape"], found: Float[Tensor, "*found"]) -> Float[Tensor, "*shape"]:
+def as_additive(
+    keep: Bool[Tensor, "batch heads query key"], found: Float[Tensor, "#batch _ query key"]
+) -> Float[Tensor, "batch heads query key"]:
     """An additive mask with everything outside `keep` blocked by its dtype's lowest value, any bias inside kept."""
     return torch.where(keep, found, torch.finfo(found.dtype).min)
 

@@ -96,8 +96,8 @@ def refuse_without_effect(edits: Sequence[ResolvedPlace]) -> None:
         if isinstance(edit.intervention, AttentionKnockout) and edit.changed == 0:
             raise InterventionError(
                 f"{edit.intervention!r} blocks no edge: the model attends none of them anyway",
-                expected="queries that come after their keys, where attention is causal",
-                remedy="swap queries and keys, or pass allow_empty=True",
+                expected="queries after their keys where attention is causal, and within its window where it slides",
+                remedy="swap queries and keys, choose other layers, or pass allow_empty=True",
             )
 
 

@@ -61,11 +61,11 @@ class AttentionKnockout(Intervention):
 
     def block(
         self,
-        keep: Bool[Tensor, "batch heads query key"],
+        keep: Bool[Tensor, "#batch heads query key"],
         queries: Bool[Tensor, "batch query"],
         keys: Bool[Tensor, "batch key"],
         n_heads: int,
-    ) -> Bool[Tensor, "batch heads query key"]:
+    ) -> Bool[Tensor, "batch _ query key"]:
         """The mask with the edges from `queries` to `keys` removed.
 
         Args:

@@ -91,24 +91,22 @@ def by_hand(kind: str, places: Sequence[Place], setting: Setting) -> Edits:
 
 
 def _edited(kind: str, place: Place, layer: int, setting: Setting, value: Tensor) -> Tensor:
-    if place.site == "vision_post":
-        examples = value.reshape(len(setting.batch), -1, value.shape[-1])
-        where = [torch.arange(examples.shape[1])] * len(setting.batch)
-        return _rows_edited(kind, place, layer, setting, examples, where).reshape(value.shape)
-    return _rows_edited(kind, place, layer, setting, value, row_indices(setting.batch, place.positions))
-
-
-def _rows_edited(
-    kind: str, place: Place, layer: int, setting: Setting, value: Tensor, where: list[Tensor]
-) -> Tensor:
-    """Row by row and cell by cell."""
-    edited = value.clone()
-    chosen = cells(place, value.shape[2:])
+    edited = _by_example(value.clone(), place)
+    where = _where(place, setting)
     for example, positions in enumerate(where):
-        for place_in_order, position in enumerate(positions.tolist()):
-            new = _new_row(kind, place, layer, setting, value[example, position], example, place_in_order, where)
-            edited[example, position] = torch.where(chosen, new, value[example, position])
-    return edited
+        old = edited[example, positions]
+        new = _new_rows(kind, place, layer, setting, old, example)
+        edited[example, positions] = torch.where(cells(place, old.shape[1:]), new, old)
+    return edited.reshape(value.shape)
+
+
+@functools.cache
+def _where(place: Place, setting: Setting) -> list[Tensor]:
+    """The edited rows of each example; of the vision tower all."""
+    if place.site == "vision_post":
+        rows = _by_example(_activations(setting)[place.site, 0], place).shape[1]
+        return [torch.arange(rows)] * len(setting.batch)
+    return row_indices(setting.batch, place.positions)
 
 
 def cells(place: Place, shape: Sequence[int]) -> Tensor:
@@ -122,30 +120,31 @@ def cells(place: Place, shape: Sequence[int]) -> Tensor:
     return chosen
 
 
-def _new_row(
-    kind: str, place: Place, layer: int, setting: Setting, old: Tensor, example: int, number: int, where: list[Tensor]
-) -> Tensor:
+def _new_rows(kind: str, place: Place, layer: int, setting: Setting, old: Tensor, example: int) -> Tensor:
+    """What one example's rows are replaced by: a row for each, or one for all."""
+    number = place.numbers(setting).index(layer)
     if kind == "zero":
         return torch.zeros_like(old)
     if kind == "steer":
         found = direction(place, setting)
-        return old + 0.7 * (found[place.numbers(setting).index(layer)] if found.dim() > old.dim() else found)
+        return old + 0.7 * (found[number] if found.dim() == old.dim() else found)
     if kind == "tensor":
         found = given(place, setting)
         if place.units is None:
             return found
         if found.dim() == 2:  # one row for each layer, in the order in which the layers are named
-            return found[place.numbers(setting).index(layer)]
-        return torch.zeros_like(old).index_put((torch.tensor(place.units),), found)
+            return found[number]
+        return torch.zeros_like(old[0]).index_put((torch.tensor(place.units),), found)
     if kind == "patch":
-        return _by_example(_activations(setting, corrupt=True)[place.site, layer], place)[example, where[example][number]]
-    clean = _by_example(_activations(setting)[place.site, layer], place)
+        theirs = _by_example(_activations(setting, corrupt=True)[place.site, layer], place)
+        return theirs[example, _where(place, setting)[example]]
     if kind == "mean":
         return _mean(place, layer, setting)
     assert kind == "resample"
+    clean, where = _by_example(_activations(setting)[place.site, layer], place), _where(place, setting)
     donor = _donors(len(where), seed=3)[example]
-    theirs = where[donor]
-    return clean[donor, theirs[number * len(theirs) // len(where[example])]]
+    mine, theirs = len(where[example]), len(where[donor])
+    return torch.stack([clean[donor, where[donor][row * theirs // mine]] for row in range(mine)])
 
 
 @functools.cache
@@ -154,7 +153,7 @@ def _mean(place: Place, layer: int, setting: Setting) -> Tensor:
     clean = _by_example(_activations(setting)[place.site, layer], place)
     if place.site == "vision_post":
         return clean.flatten(0, 1).mean(0)
-    pool = row_indices(setting.batch, place.positions)
+    pool = _where(place, setting)
     if _images_only(setting.batch, pool):
         pool = row_indices(setting.batch, "image")
     return torch.cat([clean[row, positions] for row, positions in enumerate(pool)]).mean(0)
