@@ -23,7 +23,9 @@ def accepted(example: Example) -> set[str]:
     """The right answers, normalised: all that are listed, or of VQA's ten those with three votes, else the most common.
 
     Example:
-        >>> sorted(accepted(Example("1", None, "?", "cat", answers=("cat",) * 6 + ("dog",) * 3 + ("cow",))))
+        >>> from PIL import Image
+        >>> votes = ("cat",) * 6 + ("dog",) * 3 + ("cow",)
+        >>> sorted(accepted(Example("1", Image.new("RGB", (8, 8)), "what ?", "cat", answers=votes)))
         ['cat', 'dog']
     """
     votes = Counter(normalised(answer) for answer in example.answers)
