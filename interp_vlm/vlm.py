@@ -230,8 +230,10 @@ class VLM:
             >>> vlm = iv.load("testbed:llava")
             >>> example = iv.data.digit_scenes(n=1)[0]
             >>> batch = vlm.encode(example.image, example.question)
-            >>> with vlm.trace(batch):  # doctest: +SKIP
+            >>> with vlm.trace(batch):
             ...     hidden = vlm.site("resid_post", 1).save()
+            >>> hidden.shape[-1]
+            128
         """
         tracer = self.nnsight.trace(**batch.inputs, tracer_cls=_Tracer, **options)
         assert isinstance(tracer, _Tracer)

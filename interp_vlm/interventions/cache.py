@@ -29,8 +29,12 @@ class Cache(Mapping[str, Tensor]):
         model: name of the model that the activations come from.
 
     Example:
-        >>> cache = vlm.capture(batch, sites=["resid_post"], positions="last")  # doctest: +SKIP
-        >>> cache["resid_post"].shape  # doctest: +SKIP
+        >>> import interp_vlm as iv
+        >>> vlm = iv.load("testbed:llava")
+        >>> pair = iv.data.digit_pairs(n=1)[0]
+        >>> batch = vlm.encode([pair.clean.image, pair.corrupt.image], pair.clean.question)
+        >>> cache = vlm.capture(batch, sites=["resid_post"], positions="last")
+        >>> cache["resid_post"].shape
         torch.Size([2, 4, 1, 128])
     """
 

@@ -37,7 +37,15 @@ class ActivationPatch(CellIntervention):
         noise: Golovanevsky et al., "What Do VLMs NOTICE?", 2024.
 
     Example:
-        >>> ActivationPatch("resid_post", layers=[12], positions="image", source=cache)  # doctest: +SKIP
+        >>> import interp_vlm as iv
+        >>> vlm = iv.load("testbed:llava")
+        >>> pair = iv.data.digit_pairs(n=1)[0]
+        >>> clean = vlm.encode(pair.clean.image, pair.clean.question)
+        >>> corrupt = vlm.encode(pair.corrupt.image, pair.corrupt.question)
+        >>> cache = vlm.capture(clean, sites=["resid_pre"], positions="image")
+        >>> patch = ActivationPatch("resid_pre", layers=[0], positions="image", source=cache)
+        >>> vlm.run(corrupt, patch).answers[0] == vlm.run(clean).answers[0]
+        True
     """
 
     source: Cache
