@@ -24,8 +24,8 @@ def rebuild(
         rows: query rows of each example.
 
     Returns:
-        Weights in the model's dtype, the softmax taken in float32 as Hugging Face does, or in float64 for a float64 model
-        (where Hugging Face's eager attention still takes it in float32). A row that may attend nothing is all zero.
+        Weights in the model's dtype, the softmax taken in float32 as Hugging Face does, or in float64 for a float64
+        model (where Hugging Face's eager attention stays in float32). A row that may attend nothing is all zero.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, eq. 1; rotary embedding: Su et al., "RoFormer", 2021, eq. 34.

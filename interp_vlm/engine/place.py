@@ -223,7 +223,7 @@ def layers_of(site: Site, spec: object, anatomy: Anatomy) -> tuple[int, ...]:
     if not site.layered:
         return (0,)
     count = anatomy.n_vision_layers if site.part == "vision" else anatomy.n_layers
-    return indices(spec, count, "vision layer" if site.part == "vision" else "layer")  # type: ignore[arg-type]
+    return indices(spec, count, "vision layer" if site.part == "vision" else "layer")
 
 
 def selected(batch: Batch, selector: Selector, evidence: Evidence) -> Bool[Tensor, "batch pos"]:

@@ -11,7 +11,7 @@ import hashlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CellIntervention", "Intervention", "Place", "indices"]
 
-Indices = int | Iterable[int] | Literal["all"]
+Indices = SupportsIndex | Iterable[SupportsIndex] | Literal["all"]
 When = Literal["prompt", "generated", "both"]
 
 # Fields without which a repr would not say what an intervention does.
@@ -63,7 +63,7 @@ class Place(Protocol):
         ...
 
 
-def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
+def indices(spec: Indices | Any, count: int, what: str) -> tuple[int, ...]:
     """Turn an int, a range, a list or "all" into non-negative indices, in the order in which they are named.
 
     Args:
@@ -83,7 +83,7 @@ def indices(spec: Indices, count: int, what: str) -> tuple[int, ...]:
             return tuple(range(count))
         raise InterventionError(f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'")
     try:
-        given = list(spec) if isinstance(spec, Iterable) else [spec]
+        given = list(kept(spec)) if isinstance(spec, Iterable) else [spec]
         wanted = [operator.index(index) for index in given]
         if any(isinstance(index, bool) for index in given):
             raise TypeError("a mask is no list of numbers")
@@ -180,7 +180,8 @@ class Intervention:
         vlm._apply_live(self)
 
     def _fields(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if not f.name.startswith("_")}
+        public = [item for item in dataclasses.fields(self) if not item.name.startswith("_")]
+        return {item.name: getattr(self, item.name) for item in sorted(public, key=lambda item: item.kw_only)}
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and fingerprint(self._fields()) == fingerprint(other._fields())  # type: ignore[attr-defined]

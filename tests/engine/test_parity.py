@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import interp_vlm as iv
 from tests.engine import reference
 from tests.engine.cases import KINDS, by_hand, intervention, together
 from tests.engine.settings import SETTINGS, Setting
