@@ -26,7 +26,7 @@ def study(
         typer.Option(help="Run folder, new or empty.", show_default="runs/study-1, or the next free number"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Questions at most.", show_default="360 digit questions; all of other data")
+        int | None, typer.Option(help="Questions at most.", show_default="300 digit questions; all of other data")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the study in --out, which was stopped.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of scenes, random patches and resampling.")] = 0,

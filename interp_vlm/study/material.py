@@ -14,7 +14,7 @@ from interp_vlm.study.settings import Settings
 
 __all__ = ["Material", "Shard", "load_material", "shards"]
 
-HARD_FACTOR = 3  # hard scenes per standard one: they cost one pass each, and errors are what is counted there
+HARD_FACTOR = 4  # hard scenes per standard one: they cost one pass each, and errors are what is counted there
 PAIR_SHARE = 4  # one pair of scenes for so many questions
 REFERENCE_PICTURES = 64
 AS_GIVEN = "as given"

@@ -23,7 +23,7 @@ class Settings:
     Attributes:
         models: names as `iv.load` takes them.
         data: "digits", or a source as `iv.data.load` takes it.
-        limit: questions of the interventions; 480 for digit scenes and all of them for other data when not given.
+        limit: questions of the interventions; 300 for digit scenes and all of them for other data when not given.
         seed: of the scenes, the random patches and every resampling.
         batch_size: examples of one forward pass.
         shard_size: questions worked on between two saves; the questions of a picture stay together.
@@ -35,7 +35,7 @@ class Settings:
 
     Example:
         >>> Settings(models=("testbed:llava",)).n
-        480
+        300
     """
 
     models: tuple[str, ...] = EMBEDDED
@@ -67,7 +67,7 @@ class Settings:
     @property
     def n(self) -> int | None:
         """Questions of the interventions; None for all there are."""
-        return 480 if self.limit is None and self.data == "digits" else self.limit
+        return 300 if self.limit is None and self.data == "digits" else self.limit
 
     def window_of(self, n_layers: int) -> int:
         """Width of a knockout's window: Zhang et al. (arXiv 2411.18620) take 9 of 32 layers."""

@@ -94,7 +94,7 @@ def _summary(auroc: pd.DataFrame) -> str:
     if not len(found):
         return f"There is no evidence that the shape of attention tells right answers from wrong ones{against}."
     farthest = _farthest(found)
-    number = f"{len(found)} of {counted(len(known), 'measure')} of the shape of attention"
+    number = f"Of {counted(len(known), 'measure')} of attention's shape, {len(found)}"
     return (
         f"{number} {'tells' if len(found) == 1 else 'tell'} right answers from wrong ones better than chance ("
         f"farthest: {_SHAPE[farthest['measure']]} in {farthest['model']}, AUROC {text(farthest['value'], 2)}){against}."
