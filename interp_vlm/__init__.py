@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from interp_vlm.interventions.steering import Steering
     from interp_vlm.interventions.vary import vary, windows
     from interp_vlm.models.anatomy import Anatomy
+    from interp_vlm.probes.layerwise import probe_layers
+    from interp_vlm.probes.report import ProbeReport
     from interp_vlm.readouts.answers import Answer
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
     from interp_vlm.readouts.lens import LogitLens, logit_lens
@@ -62,6 +64,8 @@ _HOME = {
     "interp_vlm.interventions.steering": ("Steering",),
     "interp_vlm.interventions.vary": ("vary", "windows"),
     "interp_vlm.models.anatomy": ("Anatomy",),
+    "interp_vlm.probes.layerwise": ("probe_layers",),
+    "interp_vlm.probes.report": ("ProbeReport",),
     "interp_vlm.readouts.answers": ("Answer",),
     "interp_vlm.readouts.consistency": ("SelfConsistency", "self_consistency"),
     "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
@@ -92,6 +96,7 @@ __all__ = [
     "InterventionError",
     "LogitLens",
     "ModelError",
+    "ProbeReport",
     "Receipt",
     "Run",
     "SelectionError",
@@ -109,6 +114,7 @@ __all__ = [
     "load",
     "logit_difference",
     "logit_lens",
+    "probe_layers",
     "reference_mean",
     "select",
     "self_consistency",
