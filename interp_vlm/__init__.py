@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from interp_vlm.models.anatomy import Anatomy
     from interp_vlm.probes.layerwise import probe_layers
     from interp_vlm.probes.report import ProbeReport
+    from interp_vlm.readouts import store
     from interp_vlm.readouts.answers import Answer
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
     from interp_vlm.readouts.lens import LogitLens, logit_lens
@@ -77,7 +78,12 @@ _HOME = {
     "interp_vlm.readouts.run": ("Generation", "Run"),
     "interp_vlm.vlm": ("VLM", "load", "reference_mean", "sweep"),
 }
-_MODULES = {"data": "interp_vlm.data", "select": "interp_vlm.tokens.select", "stats": "interp_vlm.stats"}
+_MODULES = {
+    "data": "interp_vlm.data",
+    "select": "interp_vlm.tokens.select",
+    "stats": "interp_vlm.stats",
+    "store": "interp_vlm.readouts.store",
+}
 _NAMES = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -119,6 +125,7 @@ __all__ = [
     "select",
     "self_consistency",
     "stats",
+    "store",
     "sweep",
     "truth_margin",
     "vary",
