@@ -234,6 +234,12 @@ class CellIntervention(Intervention):
                 expected="site 'z'",
                 remedy="drop heads= or use site='z'",
             )
+        if self.during != "prompt" and self.reads_prompts:
+            raise InterventionError(
+                f"{self!r} reads values of prompts, which generated tokens do not have",
+                expected="during='prompt'",
+                remedy="or give the value itself: Ablation(..., to=iv.reference_mean(...)), Steering",
+            )
         positions = self.positions
         if row.part != "decoder" and isinstance(positions, str) and positions == "all":
             positions = "image"
@@ -251,6 +257,11 @@ class CellIntervention(Intervention):
     def needs_clean(self) -> bool:
         """Whether the replacement is computed from the run without interventions."""
         return False
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether the replacement of a position is read at prompt positions of this run or of another."""
+        return self.needs_clean
 
     def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         """What to put in the place of the selected rows (all heads and units; `rewrite` keeps the others), one for each

@@ -74,6 +74,10 @@ class ActivationPatch(CellIntervention):
         super().__init__(site, layers, positions, heads, units, **common)
         source[site]
 
+    @property
+    def reads_prompts(self) -> bool:
+        return True
+
     def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         if self.where.part == "vision":
             return self._tower_rows(rows, layer, place)

@@ -194,8 +194,8 @@ def test_a_row_with_nothing_to_attend_is_refused(family, attn):
         InterventionError, match=r"leaves position \d+ of example 0 with no key to attend; expected at l"
     ):
         setting.vlm.run(setting.batch, iv.AttentionKnockout(queries="last", keys="all", layers=[1]))
-    with pytest.raises(InterventionError, match="leaves position"):  # the blocks of two values together
-        both = [iv.AttentionKnockout(keys="image"), iv.AttentionKnockout(keys=~select.image)]
+    both = [iv.AttentionKnockout(keys="image"), iv.AttentionKnockout(keys=~select.image)]
+    with pytest.raises(InterventionError, match="leaves position"):  # neither value alone, but both together
         setting.vlm.run(setting.batch, both)
 
 
@@ -218,8 +218,8 @@ OUT_OF_RANGE = {
     "site 'projector_out' has image tokens only, and the selection names text in example 0": iv.Ablation(
         "projector_out", positions="question"
     ),
-    "acts on generated tokens, and a single run generates none": iv.Ablation("z", during="generated"),
-    "acts on generated tokens, which have no picture": iv.Ablation("vision_post", layers=0, during="both"),
+    "acts on generated tokens, and a single run generates none": iv.Ablation("z", to="zero", during="generated"),
+    "acts on generated tokens, which have no picture": iv.Ablation("vision_post", layers=0, to="zero", during="both"),
 }
 
 
@@ -259,8 +259,8 @@ class TestPatching:
             with pytest.raises(InterventionError) as caught:
                 setting.vlm.run(setting.batch, value)
             assert said in str(caught.value)
+        patch = iv.ActivationPatch("resid_post", layers=[1], positions="last", source=cache)
         with pytest.raises(InterventionError, match="the source has 3 examples; expected 2"):
-            patch = iv.ActivationPatch("resid_post", layers=[1], positions="last", source=cache)
             setting.vlm.run(setting.batch[:2], patch)
 
     def test_pairs_positions_across_layouts(self):

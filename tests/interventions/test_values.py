@@ -159,6 +159,9 @@ def test_repr_of_values_with_tensors_shows_their_shape():
         (lambda: iv.Ablation("attn_mask"), "Ablation cannot write to 'attn_mask'"),
         (lambda: iv.Ablation("resid_post", heads=[1]), "heads=[1] at site 'resid_post', which has no head axis"),
         (lambda: iv.Ablation("z", to="median"), "to='median'; expected 'zero', 'mean', 'resample' or a tensor"),
+        (lambda: iv.Ablation("z", during="both"), "reads values of prompts, which generated tokens do not have"),
+        (lambda: iv.Ablation("z", to="resample", during="generated"), "expected during='prompt'"),
+        (lambda: iv.ActivationPatch("resid_post", source=cache(), during="both"), "reads values of prompts"),
         (lambda: iv.ActivationPatch("z", source=cache()), "site 'z' was not captured; expected one of resid_post"),
     ],
 )
