@@ -224,11 +224,16 @@ def unembed(vlm: VLM, hidden: Float[Tensor, "*shape d"], *, softcap: bool = True
 def _by_chunks(vlm: VLM, hidden: Tensor) -> Iterator[tuple[tuple[int, slice], Tensor]]:
     """Logits by layer and piece of the positions, so that few are in memory at a time."""
     batch, depth, positions, _ = hidden.shape
-    step = max(1, CHUNK // (max(1, batch) * vlm.anatomy.d_vocab))
     for layer in range(depth):
-        for start in range(0, positions, step):
-            part = slice(start, min(start + step, positions))
+        for part in column_chunks(batch, positions, vlm.anatomy.d_vocab):
             yield (layer, part), unembed(vlm, hidden[:, layer, part])
+
+
+def column_chunks(batch: int, positions: int, vocab: int) -> Iterator[slice]:
+    """The positions in pieces whose logits fit into memory."""
+    step = max(1, CHUNK // (max(1, batch) * vocab))
+    for start in range(0, positions, step):
+        yield slice(start, min(start + step, positions))
 
 
 class _Reading:
@@ -257,7 +262,8 @@ class _Reading:
     def values_where(self, mask: Tensor) -> dict[str, Tensor]:
         """The measures by name, NaN outside the mask."""
         empty = ~mask[:, None].expand(self.shape)
-        return {n: v.masked_fill(empty, math.nan) if n in _MEASURES else v for n, v in self.values.items()}
+        values = {name: value.to(mask.device) for name, value in self.values.items()}
+        return {n: v.masked_fill(empty, math.nan) if n in _MEASURES else v for n, v in values.items()}
 
 
 def _pairs(rows: Tensor, columns: Tensor) -> list[tuple[int, int]]:

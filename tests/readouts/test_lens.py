@@ -194,6 +194,13 @@ class TestMargin:
         assert float(split.unexplained[split.mask].abs().max()) < 1e-10
         assert bool((split.between[:, 1:].transpose(1, 2)[split.mask] != 0).any()) == vlm.anatomy.between_layers
 
+    def test_chunks_change_nothing(self, made, monkeypatch):
+        vlm, batch = made("qwen3_vl")
+        whole = iv.truth_margin(vlm, batch, "all").frame()
+        monkeypatch.setattr("interp_vlm.readouts.lens.CHUNK", 1)
+        pieces = iv.truth_margin(vlm, batch, "all").frame()
+        assert (whole["value"] - pieces["value"]).abs().max() < 1e-9
+
     def test_each_part_is_its_own_vector_against_the_direction(self, made):
         """One part by hand, from hooks and the norm's formula."""
         vlm, batch = made("paligemma")
@@ -230,6 +237,16 @@ class TestMargin:
         batch = vlm.encode(noise(24, 24), QUESTIONS[0])
         with pytest.raises(iv.ModelError, match=r"wrong row's layers miss the margin.*'paligemma'"):
             iv.truth_margin(vlm, batch)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+    @pytest.mark.parametrize("family", ["llava", "paligemma2", "qwen3_vl"])
+    def test_of_half_precision_within_its_rounding(self, family, dtype):
+        vlm = iv.VLM(*build(family, dtype=dtype), name=family)
+        batch = vlm.encode([noise(24, 24, seed) for seed in range(3)], QUESTIONS)
+        split = iv.truth_margin(vlm, batch, "all", correct="yes")
+        assert float(split.unexplained[split.mask].abs().max()) < 40 * torch.finfo(dtype).eps
+        lens = iv.logit_lens(vlm, batch, layers=-1, keep_logits=True)
+        assert torch.equal(lens.logits[:, 0, 0], vlm.run(batch).logits)
 
     def test_frame_share_and_running_sum(self, made):
         vlm, batch = made("qwen3_vl")
