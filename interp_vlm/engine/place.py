@@ -198,7 +198,7 @@ def _vision_rows(batch: Batch, example: int, selected: Tensor, spans: list[tuple
         if bool(chosen.all()):
             found.append(torch.arange(start, stop))
         elif grid.vision_rows is not None:
-            fed = torch.from_numpy(grid.vision_rows)[chosen].flatten()
+            fed = torch.from_numpy(grid.vision_rows[chosen.numpy()]).flatten()
             found.append(fed[fed >= 0].unique() + start)  # -1: a separator, which no row feeds
         elif bool(chosen.any()):
             raise SelectionError(

@@ -90,7 +90,7 @@ HAPPENINGS = {
     "an interrupt in the forward pass": (lambda vlm, batch: vlm.run(batch, Interrupted("z")), KeyboardInterrupt),
     "an interrupt in a metric": (lambda vlm, batch: vlm.sweep(batch, [ZERO], metric=stop), KeyboardInterrupt),
     "an interrupt in a generation": (
-        lambda vlm, batch: vlm.generate(batch, Interrupted("z", during="generated"), max_new_tokens=3),
+        lambda vlm, batch: vlm.generate(batch, Interrupted("z", to="zero", during="generated"), max_new_tokens=3),
         KeyboardInterrupt,
     ),
     "an interrupt between tokens": (
