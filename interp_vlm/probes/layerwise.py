@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 from interp_vlm.errors import DataError
 from interp_vlm.probes import measures
 from interp_vlm.probes.baselines import Columns, control_labels, side_baselines
+from interp_vlm.probes.estimators import score_fold_with
 from interp_vlm.probes.folds import Split, permuted, split, unmoved
 from interp_vlm.probes.inputs import Activations, read
 from interp_vlm.probes.nested import score_fold
@@ -21,7 +23,9 @@ from interp_vlm.probes.report import Baseline, ProbeReport
 from interp_vlm.stats import Estimate
 from interp_vlm.stats.inputs import as_classes, as_groups, check_level, check_resamples
 
-__all__ = ["C_PATH", "probe_layers"]
+__all__ = ["C_PATH", "PROBES", "probe_layers"]
+
+PROBES = ("l2", "l1", "mlp")
 
 C_PATH = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TRUE, SHUFFLED, CONTROL = 0, 1, 2  # the targets of every fold
@@ -40,16 +44,17 @@ def probe_layers(
     questions: Sequence[str] | None = None,
     answer_lengths: ArrayLike | None = None,
     types: Sequence[Hashable] | None = None,
+    probe: str = "l2",
     C: Sequence[float] = C_PATH,
     folds: int = 5,
     inner_folds: int = 4,
     standardise: bool = True,
-    permutations: int = 199,
+    permutations: int | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> ProbeReport:
-    """Probe every layer with L2 logistic regression under nested cross-validation grouped by picture.
+    """Probe every layer with logistic regression (or an MLP) under nested cross-validation grouped by picture.
 
     Outer folds report; inner folds of each training part choose C by log loss and, for the headline, the layer by
     AUROC. Features are standardised on each outer training part, as scikit-learn's
@@ -74,11 +79,12 @@ def probe_layers(
         questions: (n,) questions.
         answer_lengths: (n,) lengths of the answers, in tokens or words.
         types: (n,) what the control task gives random labels to; by default the questions, else the answers.
-        C: inverse strengths of the penalty to choose from, as in scikit-learn.
+        probe: "l2" (fast, exact), "l1", or "mlp": the studied work's two layers, 256 units, Adam 1e-4, 50 epochs.
+        C: inverse strengths of the penalty to choose from, as in scikit-learn; not used by the MLP.
         folds: outer folds.
         inner_folds: inner folds.
         standardise: divide features by their standard deviation over the training part.
-        permutations: refits with permuted labels; 0 for no test.
+        permutations: refits with permuted labels, by default 199 for "l2" and none for the slower probes.
         level: coverage of the intervals.
         resamples: draws of the bootstrap.
         seed: of folds, permutations, control labels and bootstrap.
@@ -97,6 +103,9 @@ def probe_layers(
     """
     check_level(level)
     check_resamples(resamples)
+    if probe not in PROBES:
+        raise DataError(f"probe is {probe!r}", expected="one of " + ", ".join(map(repr, PROBES)))
+    permutations = (199 if probe == "l2" else 0) if permutations is None else permutations
     if not len(C) or min(C) <= 0.0:
         raise DataError(f"C is {list(C)}", expected="positive numbers, such as [0.01, 0.1, 1.0]")
     found = read(activations, site, layers, position)
@@ -112,7 +121,7 @@ def probe_layers(
     # the true labels are fitted at the fixed C too, as the first column: the test compares like with like
     fixed = np.stack([right, *(permuted(right, codes, rng) for _ in range(permutations))], axis=1)
     targets = np.stack([right, shuffled, right if control is None else control], axis=1).astype(np.float64)
-    curve = _fit(found, plan, targets if control is not None else targets[:, :CONTROL], fixed, C, standardise)
+    curve = _fit(found, plan, targets if control is not None else targets[:, :CONTROL], fixed, C, standardise, probe)
 
     how: dict[str, Any] = {"level": level, "resamples": resamples, "seed": seed}
     measured = [measures.auroc(row, right, plan.outer, codes, **how) for row in curve.scores[TRUE]]
@@ -147,7 +156,8 @@ def probe_layers(
         labels=right,
         groups=codes,
         folds=plan.outer,
-        C=np.asarray(sorted(C))[curve.chosen[TRUE]],
+        C=np.full(curve.chosen[TRUE].shape, math.nan) if probe == "mlp" else np.asarray(sorted(C))[curve.chosen[TRUE]],
+        probe=probe,
         site=found.site,
         position=found.position,
         model=found.model,
@@ -177,10 +187,17 @@ class _Curve:
 
 
 def _fit(
-    found: Activations, plan: Split, targets: np.ndarray, fixed: np.ndarray, C: Sequence[float], standardise: bool
+    found: Activations,
+    plan: Split,
+    targets: np.ndarray,
+    fixed: np.ndarray,
+    C: Sequence[float],
+    standardise: bool,
+    probe: str,
 ) -> _Curve:
     n, count = targets.shape
     folds = len(plan.inner)
+    score = score_fold if probe == "l2" else partial(score_fold_with, probe)
     scores = np.empty((count, len(found.layers), n))
     chosen = np.empty((count, len(found.layers), folds), dtype=np.intp)
     inner = np.empty((count, len(found.layers), folds))
@@ -190,7 +207,7 @@ def _fit(
         permuted_scores = np.empty(fixed.shape)
         for fold in range(folds):
             train, test = plan.parts(fold)
-            result = score_fold(
+            result = score(
                 values[train],
                 values[test],
                 targets[train],

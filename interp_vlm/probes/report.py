@@ -56,7 +56,8 @@ class ProbeReport:
         labels: True where the answer is right.
         groups: number of each example's picture.
         folds: outer fold in which each example was tested.
-        C: chosen in each layer and outer fold.
+        C: chosen in each layer and outer fold; NaN for the MLP, which has none.
+        probe: "l2", "l1" or "mlp".
         site: where the activations were read.
         position: "before_answer" or "after_answer".
         model: the model's name, empty when unknown.
@@ -80,6 +81,7 @@ class ProbeReport:
     groups: Int[np.ndarray, " example"]
     folds: Int[np.ndarray, " example"]
     C: Float[np.ndarray, "layer fold"]
+    probe: str
     site: str
     position: str
     model: str
@@ -203,7 +205,7 @@ class ProbeReport:
         notes = "".join(f"; {note}" for note in self.notes)
         where = f"{self.site or 'activations'}, {self.position.replace('_', ' ')}"
         return (
-            f"ProbeReport({len(self.layers)} layers of {where}: AUROC {self.headline}, "
+            f"ProbeReport({self.probe}, {len(self.layers)} layers of {where}: AUROC {self.headline}, "
             f"peak at layer {self.peak}, onset at {self.onset}, "
             f"n={self.headline.n} in {self.headline.groups} groups{notes})"
         )
