@@ -100,7 +100,7 @@ class Sweep:
 
     def _repr_html_(self) -> str:
         table = self._means()
-        return f"<p>{self!r}</p>{table.head(20).to_html(index=False, float_format='%.4g', border=0)}"
+        return f"<p>{self!r}</p>{table.head(20).to_html(index=False, float_format='{:.4g}'.format, border=0)}"
 
 
 def _label(value: Any) -> str:

@@ -181,7 +181,7 @@ class Intervention:
 
     def _fields(self) -> dict[str, Any]:
         public = [item for item in dataclasses.fields(self) if not item.name.startswith("_")]
-        return {item.name: getattr(self, item.name) for item in sorted(public, key=lambda item: item.kw_only)}
+        return {item.name: getattr(self, item.name) for item in sorted(public, key=lambda item: bool(item.kw_only))}
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and fingerprint(self._fields()) == fingerprint(other._fields())  # type: ignore[attr-defined]
