@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, PredefinedSplit
 from sklearn.preprocessing import StandardScaler
 
 from interp_vlm.probes.folds import split
-from interp_vlm.probes.layerwise import C_PATH
+from interp_vlm.probes.logistic import C_PATH
 from interp_vlm.probes.nested import score_fold
 
 FOLDS, INNER = 5, 4

@@ -2,5 +2,15 @@
 
 from interp_vlm.probes.layerwise import probe_layers
 from interp_vlm.probes.report import Baseline, ProbeReport
+from interp_vlm.probes.sparse import StableNeurons, stable_neurons
+from interp_vlm.probes.transfer import TransferReport, probe_transfer
 
-__all__ = ["Baseline", "ProbeReport", "probe_layers"]
+__all__ = [
+    "Baseline",
+    "ProbeReport",
+    "StableNeurons",
+    "TransferReport",
+    "probe_layers",
+    "probe_transfer",
+    "stable_neurons",
+]

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 
 from interp_vlm.errors import DataError
 
-__all__ = ["Split", "permuted", "split", "unmoved"]
+__all__ = ["Split", "assign", "permuted", "split", "unmoved"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +60,20 @@ def split(
                 expected=f"at least {max(folds, inner + 1)} for {folds} outer and {inner} inner folds",
                 remedy="add examples of that class, or ask for fewer folds",
             )
-    outer = _assign(labels, codes, folds, seed)
+    outer = assign(labels, codes, folds, seed)
     return Split(outer, tuple(_inner(labels, codes, outer != fold, inner, seed) for fold in range(folds)))
 
 
 def _inner(labels: np.ndarray, codes: np.ndarray, train: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    return _assign(labels[train], codes[train], folds, seed)
+    return assign(labels[train], codes[train], folds, seed)
 
 
-def _assign(labels: np.ndarray, codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
+def assign(labels: np.ndarray, codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each example: groups together, the classes (two or more) as even as they can be.
+
+    Raises:
+        DataError: when a part would hold one class at most.
+    """
     from sklearn.model_selection import StratifiedGroupKFold
 
     assigned = np.empty(len(labels), dtype=np.intp)

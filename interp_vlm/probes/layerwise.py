@@ -18,16 +18,16 @@ from interp_vlm.probes.baselines import Columns, control_labels, side_baselines
 from interp_vlm.probes.estimators import score_fold_with
 from interp_vlm.probes.folds import Split, permuted, split, unmoved
 from interp_vlm.probes.inputs import Activations, read
+from interp_vlm.probes.logistic import C_PATH
 from interp_vlm.probes.nested import score_fold
 from interp_vlm.probes.report import Baseline, ProbeReport
 from interp_vlm.stats import Estimate
 from interp_vlm.stats.inputs import as_classes, as_groups, check_level, check_resamples
 
-__all__ = ["C_PATH", "PROBES", "probe_layers"]
+__all__ = ["PROBES", "probe_layers"]
 
 PROBES = ("l2", "l1", "mlp")
 
-C_PATH = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 TRUE, SHUFFLED, CONTROL = 0, 1, 2  # the targets of every fold
 
 

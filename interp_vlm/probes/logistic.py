@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["Reduced", "reduce", "solve"]
+__all__ = ["C_PATH", "Reduced", "reduce", "solve"]
 
+C_PATH = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 NEWTON_STEPS = 60
 CG_STEPS = 400
 GAP = 1e-9  # stop when the loss, summed over examples, is this close to its minimum

@@ -214,6 +214,7 @@ class ProbeReport:
         from html import escape
 
         tables = (
-            table.to_html(index=False, float_format="%.3g", border=0) for table in (self.frame(), self.baseline_frame())
+            table.to_html(index=False, float_format="{:.3g}".format, border=0)
+            for table in (self.frame(), self.baseline_frame())
         )
         return f"<p>{escape(repr(self))}</p>{''.join(tables)}"
