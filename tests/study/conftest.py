@@ -12,7 +12,7 @@ from interp_vlm.study.runner import run_study
 from interp_vlm.study.settings import Settings
 from tests.tiny import build
 
-SMALL = Settings(models=("testbed:llava", "testbed:paligemma"), limit=30, batch_size=16, shard_size=18, draws=3)
+SMALL = Settings(models=("testbed:llava", "testbed:paligemma"), limit=24, batch_size=16, shard_size=18, draws=3)
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def quiet() -> Console:
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory, quiet: Console) -> Path:
-    """The folder of a study of two embedded models on 30 standard and 120 hard questions."""
+    """The folder of a study of two embedded models on 24 standard and 96 hard questions."""
     folder = tmp_path_factory.mktemp("study") / "run"
     run_study(SMALL, folder, workers=1, console=quiet)
     return folder

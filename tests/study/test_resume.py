@@ -30,7 +30,9 @@ def _parts(folder: Path) -> dict[str, int]:
 
 def _kill(folder: Path, workers: int, resume: bool, until, after: float) -> list[int]:
     """Start a study, kill it `after` seconds after `until` is seen, and give the ids of its workers."""
-    with subprocess.Popen(_command(folder, workers, resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        _command(folder, workers, resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
         while not until() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(after)

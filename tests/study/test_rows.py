@@ -11,6 +11,7 @@ from interp_vlm.data.digits import digit_scenes
 from interp_vlm.models.loading import load
 from interp_vlm.readouts.attention import cluster_count
 from interp_vlm.study.material import load_material
+from interp_vlm.study.tables import where
 from interp_vlm.testbed.build import question_inputs
 from tests.study.conftest import SMALL
 
@@ -63,8 +64,8 @@ def _mean_image_token(raw):
 
 
 def test_answers_and_attention_are_the_models_own(raw, examples):
-    rows = examples("signals").query("model == @raw[0] and sinks == 'with'")
-    answers = examples("accuracy").query("model == @raw[0] and condition == 'hard'").set_index("example")
+    rows = where(examples("signals"), model=raw[0], sinks="with")
+    answers = where(examples("accuracy"), model=raw[0], condition="hard").set_index("example")
     cells = np.argwhere(np.ones((7, 7), dtype=bool))
     for example in digit_scenes("test", 4 * SMALL.n, SMALL.seed, "hard")[:N]:
         answer, attention, logits = _run(raw, example)
@@ -79,7 +80,7 @@ def test_answers_and_attention_are_the_models_own(raw, examples):
 
 
 def test_masked_answers_are_those_of_a_model_whose_image_tokens_are_replaced(raw, examples):
-    rows = examples("masking").query("model == @raw[0]")
+    rows = where(examples("masking"), model=raw[0])
     blank = _mean_image_token(raw)
     for example in digit_scenes("test", SMALL.n, SMALL.seed)[:N]:
         own = rows[rows["example"] == example.id]

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
 from interp_vlm.data.digits import digit_pairs, digit_scenes
-from interp_vlm.study.tables import COLUMNS
+from interp_vlm.study.tables import COLUMNS, where
 from tests.study.conftest import SMALL
 
 EXPERIMENTS = ("accuracy", "signals", "masking", "knockout", "patching")
@@ -43,14 +43,14 @@ def test_every_example_is_there_once(examples):
     for condition, n in (("standard", SMALL.n), ("hard", 4 * SMALL.n)):
         expected = [example.id for example in digit_scenes("test", n, SMALL.seed, condition)]
         for model in MODELS:
-            rows = examples("accuracy").query("model == @model and condition == @condition")
+            rows = where(examples("accuracy"), model=model, condition=condition)
             assert list(rows["example"]) == expected
-    pairs = examples("patching").query("model == 'llava' and direction == 'noising' and positions == 'last' and layer == 0")
+    pairs = where(examples("patching"), model="llava", direction="noising", positions="last", layer=0)
     assert list(pairs["example"]) == [pair.clean.id for pair in digit_pairs("test", SMALL.n // 4, SMALL.seed)]
 
 
 def test_accuracy(table, examples):
-    rows, found = examples("accuracy"), table("accuracy").query("quantity == 'accuracy'")
+    rows, found = examples("accuracy"), where(table("accuracy"), quantity="accuracy")
     assert (rows["correct"] == (rows["answer"] == rows["expected"])).all()
     for _, line in found.iterrows():
         part = rows[(rows["model"] == line["model"]) & (rows["condition"] == line["condition"])]
@@ -62,7 +62,7 @@ def test_accuracy(table, examples):
         if not line["category"]:
             best = sum(kind["expected"].value_counts().max() for _, kind in part.groupby("kind"))
             assert line["baseline"] == pytest.approx(100 * best / len(part))
-    standard = found.query("condition == 'standard' and kind == 'all'")
+    standard = where(found, condition="standard", kind="all")
     assert (standard["value"] > standard["baseline"] + 20).all()
 
 
@@ -116,9 +116,9 @@ def test_masking(table, examples):
 
 
 def test_masking_finds_what_the_answers_rest_on(table):
-    """The positive and the negative control: attended patches cost much more than random ones, the least attended nothing."""
+    """The controls: attended patches cost much more than random ones, the least attended next to nothing."""
     for model in MODELS:
-        rows = table("masking").query("model == @model and kind == 'all' and quantity == 'change of accuracy'")
+        rows = where(table("masking"), model=model, kind="all", quantity="change of accuracy")
         costs = rows.set_index("mask")["value"]
         assert costs["top"] < costs["random"] - 10 < costs["bottom"]
         assert costs["bottom"] > -10
@@ -132,7 +132,9 @@ def test_knockout(table, examples):
         if line["quantity"] == "largest attention left on a blocked edge":
             assert line["value"] == 0
             continue
-        part = rows[(rows["model"] == line["model"]) & (rows["route"] == line["route"]) & (rows["window"] == line["window"])]
+        part = rows[
+            (rows["model"] == line["model"]) & (rows["route"] == line["route"]) & (rows["window"] == line["window"])
+        ]
         part = part if line["kind"] == "all" else part[part["kind"] == line["kind"]]
         column = part["change"] if line["unit"] == "%" and "probability" in line["quantity"] else 100 * part["flipped"]
         assert line["value"] == pytest.approx(column.astype(float).mean())

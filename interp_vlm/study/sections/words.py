@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from interp_vlm.study.tables import where
+
 __all__ = [
     "bracket", "counted", "each", "excludes", "grid", "interval_fact", "listed", "one", "p_text", "percent",
     "sinks_fact", "sizes", "span", "text",
@@ -77,9 +79,8 @@ def excludes(row: pd.Series, null: float) -> bool:
 
 def one(table: pd.DataFrame, **wanted: Any) -> pd.Series | None:
     """The row in which every named column has the wanted value, or None."""
-    for column, value in wanted.items():
-        table = table[table[column] == value]
-    return table.iloc[0] if len(table) else None
+    found = where(table, **wanted)
+    return found.iloc[0] if len(found) else None
 
 
 def counted(n: int, noun: str) -> str:
