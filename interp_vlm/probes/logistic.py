@@ -142,7 +142,7 @@ def _newton(
     rz = (r_a * z_a).sum(0) + r_b * z_b
     start, pull_a, pull_b = rz.clone(), r_a, r_b
     # far from the minimum a rough step will do; near it the step is solved as far as the gap asks for
-    wanted = start * start.sqrt().clamp(1e-6, 0.1) ** 2
+    wanted = start * start.sqrt().clamp(1e-5, 0.1)
     for _ in range(CG_STEPS):
         d_f = rows @ d_a + d_b
         bent = curvature * d_f
