@@ -16,7 +16,7 @@ from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.plan import Plan, plan
 from interp_vlm.engine.receipts import Receipt, refuse_without_effect
 from interp_vlm.engine.runner import Engine, Outcome
-from interp_vlm.engine.sweep import Sweep, grouped
+from interp_vlm.engine.sweep import Sweep
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import CellIntervention, Intervention
 from interp_vlm.interventions.cache import Cache
@@ -190,7 +190,7 @@ class VLM:
         progress: Callable[[int], None] | None = None,
     ) -> Sweep:
         """Run many interventions on the same examples; see `interp_vlm.sweep`."""
-        groups = grouped(many)
+        groups = tuple(tuple(_listed(item)) for item in many)
         batches = [batches] if isinstance(batches, Batch) else list(batches)
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
     from interp_vlm.engine.receipts import Receipt
 
-__all__ = ["Sweep", "grouped"]
+__all__ = ["Sweep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +138,3 @@ def _heat(axes: Any, sweep: Sweep, means: np.ndarray) -> None:
         middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
         for (y, x), value in np.ndenumerate(grid):
             axes.text(x, y, f"{value:.3g}", ha="center", va="center", color="white" if value < middle else "black")
-
-
-def grouped(many: Sequence[Intervention | Sequence[Intervention]]) -> tuple[tuple[Intervention, ...], ...]:
-    """Single interventions and lists of them as tuples that run together."""
-    return tuple((item,) if isinstance(item, Intervention) else tuple(item) for item in many)
