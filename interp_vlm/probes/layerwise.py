@@ -280,7 +280,7 @@ def _notes(found: Activations, codes: np.ndarray, permutations: int, no_control:
     if found.position == "after_answer":
         notes.append("read after the first answer token: this probe has seen the answer")
     if len(np.unique(codes)) == len(codes):
-        notes.append("every example is its own group: pictures that serve several questions leak between folds")
+        notes.append("every example is its own group: a picture with several questions would leak between folds")
     if permutations and (alone := unmoved(codes)):
         notes.append(f"{alone} groups have a size of their own and keep their labels in every permutation")
     if no_control:
