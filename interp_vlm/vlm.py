@@ -241,7 +241,10 @@ class VLM:
         return tracer
 
     def site(self, name: str, layer: int = 0) -> Tensor:
-        """The live value of a site inside a `vlm.trace` block, (batch, pos, ...); masks as True = may attend."""
+        """The live value of a site inside a `vlm.trace` block, (batch, pos, ...); masks as True = may attend.
+
+        Clone what you keep beside an edit of the same site, as in every nnsight trace.
+        """
         row = site_named(name)
         if name == "pattern":
             raise InterventionError(
@@ -396,6 +399,12 @@ def reference_mean(
     Returns:
         (layer, ...) in the model's dtype; for `projector_out` a single row.
     """
+    if "k" in site_named(site).axes:
+        raise InterventionError(
+            f"site {site!r} has no mean to put anywhere",
+            expected="a site of activations",
+            remedy="see interp_vlm.sites",
+        )
     total, count = None, 0
     if site_named(site).part != "decoder" and isinstance(positions, str) and positions == "all":
         positions = "image"

@@ -67,7 +67,7 @@ class Access:
         return self.find(path, self.layer(layer))
 
     def read(self, site: str, layer: int) -> Tensor:
-        """The live value of a site in canonical shape; edits of the returned tensor are not seen by the model."""
+        """The live value of a site in canonical shape; clone it before changing it, or keeping it beside an edit."""
         return getattr(self, f"_read_{site}")(layer)
 
     def write(self, site: str, layer: int, value: Tensor) -> None:

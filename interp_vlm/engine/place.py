@@ -26,6 +26,7 @@ __all__ = [
     "layers_of",
     "padded_positions",
     "picture_spans",
+    "refuse_pictureless",
     "resolve",
     "selected",
 ]
@@ -218,12 +219,26 @@ def layers_of(site: Site, spec: object, anatomy: Anatomy) -> tuple[int, ...]:
     """A layer spec resolved against the part of the model in which a site lies.
 
     Raises:
-        InterventionError: for a layer out of range, or a model without that part.
+        InterventionError: for a layer out of range.
     """
     if not site.layered:
         return (0,)
     count = anatomy.n_vision_layers if site.part == "vision" else anatomy.n_layers
     return indices(spec, count, "vision layer" if site.part == "vision" else "layer")
+
+
+def refuse_pictureless(site: Site, batch: Batch) -> None:
+    """Refuse a site of the vision tower in a batch without pictures, on which the tower does not run.
+
+    Raises:
+        InterventionError: in that case.
+    """
+    if site.part == "vision" and not any(tokens.grids for tokens in batch.tokens):
+        raise InterventionError(
+            f"site {site.name!r} in a batch without pictures, on which the vision tower does not run",
+            expected="at least one picture in the batch",
+            remedy="choose a site of the decoder",
+        )
 
 
 def selected(batch: Batch, selector: Selector, evidence: Evidence) -> Bool[Tensor, "batch pos"]:
@@ -263,6 +278,7 @@ def resolve(
     """
     site = intervention.where
     layers = layers_of(site, getattr(intervention, "layers", 0), anatomy)
+    refuse_pictureless(site, batch)
     heads = getattr(intervention, "heads", None)
     if heads is not None:
         indices(heads, anatomy.n_heads, "head")

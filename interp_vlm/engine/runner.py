@@ -17,7 +17,15 @@ from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import rebuild
 from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
-from interp_vlm.engine.place import ResolvedPlace, Rows, layers_of, padded_positions, resolve, selected
+from interp_vlm.engine.place import (
+    ResolvedPlace,
+    Rows,
+    layers_of,
+    padded_positions,
+    refuse_pictureless,
+    resolve,
+    selected,
+)
 from interp_vlm.engine.plan import Plan, plan
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.errors import InterventionError
@@ -137,6 +145,8 @@ class Engine:
     ) -> Cache:
         """Record sites of a run; see `VLM.capture`."""
         by_site = {name: layers_of(site_named(name), layers, self.anatomy) for name in sites}
+        for name in sites:
+            refuse_pictureless(site_named(name), batch)
         selector = select.of(positions)
         evidence = self.clean(batch, selector.needs).evidence if selector.needs else {}
         index, mask = padded_positions(selected(batch, selector, evidence))

@@ -111,7 +111,9 @@ class Ablation(CellIntervention):
         for example, donor in enumerate(donors):
             if counts[example] and not counts[donor]:
                 raise InterventionError(
-                    f"{self!r} selects nothing in example {donor}, which donates to example {example}"
+                    f"{self!r} selects nothing in example {donor}, which donates to example {example}",
+                    expected="a donor with at least one selected position",
+                    remedy="leave the example out, or choose another seed",
                 )
             source.append(starts[donor] + (np.arange(counts[example]) * counts[donor]) // max(counts[example], 1))
         index = torch.from_numpy(np.concatenate(source))

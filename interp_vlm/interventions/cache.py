@@ -93,15 +93,16 @@ class Cache(Mapping[str, Tensor]):
         values = self.layer(name, layer)
         chosen = []
         for row, positions in enumerate(wanted):
-            have = {int(position): column for column, position in enumerate(self.positions[row]) if position >= 0}
-            missing = [int(position) for position in positions if int(position) not in have]
+            have = {position: column for column, position in enumerate(self.positions[row].tolist()) if position >= 0}
+            asked = positions.tolist()
+            missing = [position for position in asked if position not in have]
             if missing:
                 raise InterventionError(
                     f"the source holds no {name!r} at position {missing[0]} of example {row}",
-                    expected=f"the {len(positions)} positions that are patched",
+                    expected=f"the {len(asked)} positions that are patched",
                     remedy="capture the source at the positions that are patched",
                 )
-            chosen.append(values[row, [have[int(position)] for position in positions]])
+            chosen.append(values[row, [have[position] for position in asked]])
         return torch.cat(chosen), tuple(len(rows) for rows in chosen)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cache:

@@ -330,3 +330,58 @@ class TestAblation:
             torch.testing.assert_close(mean, wanted if site != "projector_out" else wanted[0], rtol=0, atol=1e-12)
             run = vlm.run(setting.batch[0], iv.Ablation(site, layers=layers, to=mean))
             assert run.receipts[0].logit_change > 0
+
+    @pytest.mark.parametrize("site", ["pattern", "attn_mask"])
+    def test_attention_has_no_reference_mean(self, site):
+        with pytest.raises(InterventionError, match=f"site '{site}' has no mean to put anywhere"):
+            iv.reference_mean(Setting("llava").vlm, Setting("llava").batch, site)
+
+    def test_a_reference_mean_needs_an_example(self):
+        vlm, batch = Setting("llava").vlm, Setting("llava").batch
+        for reference_batches, positions in (([], "all"), (batch, select.words("zebra"))):
+            with pytest.raises(InterventionError, match=r"no 'z' activation at .* to average; expected at least one"):
+                iv.reference_mean(vlm, reference_batches, "z", positions=positions)
+
+    def test_who_donates_must_have_something(self):
+        vlm, batch = Setting("llava").vlm, Setting("llava").batch
+        donated = iv.Ablation("z", positions=select.words("cat"), to="resample", allow_empty=True)
+        with pytest.raises(
+            InterventionError, match=r"selects nothing in example \d, which donates to example 0; expected a"
+        ):
+            vlm.run(batch, donated)
+
+
+class TestExamplesWithoutPictures:
+    setting = Setting("llava")
+
+    def test_beside_others_are_left_as_they_are(self):
+        vlm = self.setting.vlm
+        mixed = vlm.encode([[pictures(0)[0]], []], ["is there a cat?", "is there a dog?"])
+        for site in ("vision_post", "projector_out"):
+            value = iv.Ablation(site, layers=0, to="zero", allow_empty=True)
+            run = vlm.run(mixed, value)
+            moved = (run.logits != run.clean_logits).any(1)
+            assert moved.tolist() == [True, False]
+            with pytest.raises(InterventionError, match="image selects nothing in example 1"):
+                vlm.run(mixed, iv.vary(value, allow_empty=[False])[0])
+
+    def test_alone_have_no_vision_tower(self):
+        vlm = self.setting.vlm
+        text = vlm.encode([[], []], ["is there a cat?", "is there a small dog?"])
+        assert torch.equal(vlm.run(text).logits, reference.answers(self.setting.raw, text.inputs))
+        assert vlm.run(text, iv.Ablation("z", layers=1, to="zero")).receipts[0].changed > 0
+        value = iv.Ablation("vision_post", layers=0, to="zero", allow_empty=True)
+        for attempt in (lambda: vlm.run(text, value), lambda: vlm.capture(text, "vision_post")):
+            with pytest.raises(
+                InterventionError, match="site 'vision_post' in a batch without pictures, on which the v"
+            ):
+                attempt()
+
+
+def test_a_capture_of_nothing_is_empty():
+    cache = Setting("llava").vlm.capture(Setting("llava").batch, ["pattern", "z"], positions=select.words("zebra"))
+    assert cache["z"].shape == (3, 3, 0, 4, 16)
+    assert not cache.mask.any()
+    some = Setting("llava").vlm.capture(Setting("llava").batch, ["pattern", "z"], positions=select.words("cat"))
+    assert some.mask.tolist() == [[True], [False], [False]]
+    assert not some["pattern"][1:].any()

@@ -55,16 +55,13 @@ def test_an_example_selects_the_same_alone_and_in_any_batch(family, padding):
     shuffled = vlm.encode(
         [batch.images[row][0] for row in order], [batch.questions[row] for row in order], padding=padding
     )
+    alone = [vlm.encode(batch.images[row][0], batch.questions[row]) for row in range(3)]
+    sliced = [batch[row] for row in range(3)]
     for selector in SELECTORS:
-        together = [
-            from_the_end(found, tokens)
-            for found, tokens in zip(vlm.positions(batch, selector), batch.tokens, strict=True)
-        ]
+        together = [from_the_end(*pair) for pair in zip(vlm.positions(batch, selector), batch.tokens, strict=True)]
         for row in range(3):
-            alone = vlm.encode(batch.images[row][0], batch.questions[row])
-            assert from_the_end(vlm.positions(alone, selector)[0], alone.tokens[0]) == together[row]
-            sliced = batch[row]
-            assert from_the_end(vlm.positions(sliced, selector)[0], sliced.tokens[0]) == together[row]
+            for one in (alone[row], sliced[row]):
+                assert from_the_end(vlm.positions(one, selector)[0], one.tokens[0]) == together[row]
         for row, found, tokens in zip(order, vlm.positions(shuffled, selector), shuffled.tokens, strict=True):
             assert from_the_end(found, tokens) == together[row]
 
