@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from interp_vlm.study.folder import RunFolder, write_bytes, write_frame
-from interp_vlm.study.settings import EMBEDDED, Settings, short_names
+from interp_vlm.study.settings import Settings, short_names
 from interp_vlm.study.work import Crew, Task, describe, joined, measure, summarise
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ __all__ = ["default_workers", "run_study"]
 
 def default_workers(settings: Settings) -> int:
     """A process per core (up to four) for the embedded models, which are small; one for models that fill a machine."""
-    embedded = all(model in EMBEDDED for model in settings.models) and settings.device is None
-    return min(4, os.cpu_count() or 1) if embedded else 1
+    return min(4, os.cpu_count() or 1) if settings.small else 1
 
 
 def run_study(

@@ -65,6 +65,11 @@ class Settings:
             raise StudyError(f"fraction is {self.fraction}", expected="a share between 0 and 1")
 
     @property
+    def small(self) -> bool:
+        """Whether all models are embedded ones on the CPU: then one thread each is fastest, and exact to the bit."""
+        return set(self.models) <= set(EMBEDDED) and self.device is None
+
+    @property
     def n(self) -> int | None:
         """Questions of the interventions; None for all there are."""
         return 300 if self.limit is None and self.data == "digits" else self.limit

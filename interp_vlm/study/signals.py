@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
     from interp_vlm.tokens.token_map import TokenMap
 
-__all__ = ["MEAN_LAYER", "MEASURES", "SIGNALS"]
+__all__ = ["CORRECTED", "MEAN_LAYER", "MEASURES", "SHAPE", "SIGNALS"]
 
 MEAN_LAYER = -1
 """The layer number of the attention averaged over all layers."""
@@ -38,8 +38,12 @@ MEASURES = {
 }
 """What is asked to predict correctness, in words."""
 
+SHAPE = ("entropy_normalised", "clusters", "max_attention")
+"""The measures of attention's shape on which the answer rests, so that it allows for three chances to be wrong."""
+
+CORRECTED = "AUROC, interval corrected for three measures"
+
 _OWN = ("condition", "kind", "measure", "sinks", "layer")
-_BY_LAYER = ("entropy_normalised", "clusters", "max_attention")
 
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
@@ -91,7 +95,7 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
                 table += _relations(whole[whole["sinks"] == sinks], name, own, settings, correlation=True)
         table.append(_sinks(whole, {**facts, "measure": "sinks", "sinks": "with", "layer": MEAN_LAYER}, settings))
         for layer, at in part[(part["layer"] >= 0) & (part["sinks"] == "with")].groupby("layer"):
-            for name in _BY_LAYER:
+            for name in SHAPE:
                 own = {**facts, "measure": name, "sinks": "with", "layer": layer}
                 table += _relations(at, name, own, settings, correlation=False)
             table += _levels(at, {**facts, "measure": "entropy_normalised", "sinks": "with", "layer": layer}, settings)
@@ -115,6 +119,9 @@ def _relations(
     if correlation:
         r = point_biserial(*args, seed=settings.seed)
         found.append(row(r, "point-biserial correlation", "", baseline=0.0, compared="no correlation", **own))
+    if correlation and name in SHAPE:
+        wide = auroc(*args, level=1 - 0.05 / len(SHAPE), seed=settings.seed)
+        found.append(row(wide, CORRECTED, "", baseline=0.5, compared="chance", **own))
     return [{**each, "note": "; ".join(filter(None, (each["note"], left_out)))} for each in found]
 
 

@@ -1,6 +1,6 @@
 """The work of a study, in this process or in worker processes: describe a model, measure a shard, summarise a model.
 
-Worker processes run on one thread each, so that the numbers do not depend on how many there are.
+The embedded models run on one thread, so that the numbers do not depend on how many processes share the work.
 """
 
 from __future__ import annotations
@@ -50,14 +50,20 @@ class Crew(AbstractContextManager["Crew"]):
     """
 
     def __init__(self, settings: Settings, workers: int) -> None:
-        self._settings, self._pool = settings, None
+        self._settings, self._pool, self._threads = settings, None, 0
         if workers == 1:
-            _prepare(settings, threads=None)
+            _HELD.clear()
+            _HELD["settings"] = settings
+            if settings.small:
+                import torch
+
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
             return
         import multiprocessing
 
         self._pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings, 1)
+            workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,)
         )
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
@@ -85,21 +91,24 @@ class Crew(AbstractContextManager["Crew"]):
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        _HELD.clear()
+        if self._threads:
+            import torch
+
+            torch.set_num_threads(self._threads)
 
 
 # One model at a time is held in each process: tasks come model by model.
 _HELD: dict[str, Any] = {}
 
 
-def _prepare(settings: Settings, threads: int | None) -> None:
-    _HELD.clear()
-    _HELD["settings"] = settings
-    if threads is None:
-        return
+def _prepare(settings: Settings) -> None:
+    """Make a worker process ready."""
     import torch
     from transformers.utils import logging
 
-    torch.set_num_threads(threads)
+    _HELD["settings"] = settings
+    torch.set_num_threads(1)
     logging.disable_progress_bar()
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

@@ -21,11 +21,11 @@ from interp_vlm.study.sections.words import (
     span,
     text,
 )  # fmt: skip
-from interp_vlm.study.signals import MEAN_LAYER, MEASURES
+from interp_vlm.study.signals import CORRECTED, MEAN_LAYER, MEASURES, SHAPE
 
 __all__ = ["section"]
 
-_SHAPE = {"entropy_normalised": "Hₛ", "clusters": "Cₖ", "max_attention": "the largest attention"}
+_SHAPE = dict(zip(SHAPE, ("Hₛ", "Cₖ", "the largest attention"), strict=True))
 _METHOD = """Attention of the last prompt token on the image tokens, averaged over heads and layers. Hₛ: entropy of
 that distribution, in nats, and divided by ln n so that grids of different size compare. Cₖ: DBSCAN clusters (eps 1.5,
 at least 3) of the 10 % most attended tokens. Measures as in arXiv 2605.08200 and 2606.17389; sinks as in arXiv
@@ -39,13 +39,14 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
     """The report's section on signals of correctness."""
     kind = table["kind"].iloc[0]
     scope = table[table["kind"] == kind]
-    auroc = scope[(scope["quantity"] == "AUROC") & (scope["layer"] == MEAN_LAYER) & (scope["sinks"] != "without")]
+    overall = scope[(scope["layer"] == MEAN_LAYER) & (scope["sinks"] != "without")]
+    auroc = overall[overall["quantity"] == "AUROC"]
     over = "over all questions" if kind == "all" else f"within {kind} questions"
     condition = auroc["condition"].iloc[0]
     return Section(
         title="Does the shape of attention tell right answers from wrong ones?",
         question=f"Do spread (Hₛ), clusters (Cₖ) and peak of the attention on the picture predict correctness, {over}?",
-        answer=_answer(auroc),
+        answer=_answer(overall),
         points=tuple(_points(scope, models)),
         facts=(
             (
@@ -53,25 +54,28 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
                 f"{sizes(auroc)}, {over} ({condition}{', with more noise and clutter' if condition == 'hard' else ''})",
             ),
             ("wrong answers", _errors(scope)),
-            ("interval", f"{interval_fact(auroc)}; not corrected for the number of measures"),
+            (
+                "interval",
+                f"{interval_fact(auroc)}; the answer uses wider ones, corrected for three measures (Bonferroni)",
+            ),
             ("compared with", "no information (AUROC 0.5, correlation 0), and the model's own confidence"),
             ("attention sinks", sinks_fact(scope)),
         ),
         method=_METHOD,
         panels=(_forest(auroc, models), _by_layer(scope, models), *_levels(scope, models)),
         table=_table(table, models),
-        summary=_summary(auroc),
+        summary=_summary(overall),
     )
 
 
-def _shape(auroc: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _shape(overall: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The measures of shape that have an interval, and those of them whose interval excludes chance."""
-    known = auroc[auroc["measure"].isin(_SHAPE) & auroc["low"].notna()]
+    known = overall[(overall["quantity"] == CORRECTED) & overall["low"].notna()]
     return known, known[[excludes(row, 0.5) for _, row in known.iterrows()]]
 
 
-def _answer(auroc: pd.DataFrame) -> str:
-    known, found = _shape(auroc)
+def _answer(overall: pd.DataFrame) -> str:
+    known, found = _shape(overall)
     if not len(known):
         return "This cannot be said: there are too few wrong answers, or too few pictures, for an interval."
     rest = f"for the other {len(known) - len(found)} of {len(known)} measures there is no evidence"
@@ -80,16 +84,17 @@ def _answer(auroc: pd.DataFrame) -> str:
     else:
         named = listed(f"{_SHAPE[row['measure']]} in {row['model']} ({span(row, 2)})" for _, row in found.iterrows())
         verdict = f"In part: the AUROC differs from chance for {named}{'; ' + rest if len(found) < len(known) else ''}."
-    confidence = auroc[(auroc["measure"] == "confidence") & auroc["value"].notna()]
+    confidence = overall[(overall["quantity"] == "AUROC") & (overall["measure"] == "confidence")]
     shown = each((row for _, row in confidence.iterrows()), lambda row: text(row["value"], 2))
     return f"{verdict} For comparison, the model's confidence in its answer reaches {shown}."
 
 
-def _summary(auroc: pd.DataFrame) -> str:
-    known, found = _shape(auroc)
+def _summary(overall: pd.DataFrame) -> str:
+    known, found = _shape(overall)
     if not len(known):
         return ""
-    confidence = auroc.loc[auroc["measure"] == "confidence", "value"].dropna()
+    sure = overall[(overall["quantity"] == "AUROC") & (overall["measure"] == "confidence")]
+    confidence = sure["value"].dropna()
     against = f", while confidence reaches {text(confidence.min(), 2)} or more" if len(confidence) else ""
     if not len(found):
         return f"There is no evidence that the shape of attention tells right answers from wrong ones{against}."
