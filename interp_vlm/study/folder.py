@@ -85,7 +85,7 @@ class RunFolder:
         now = {**{name: version(name) for name in _PACKAGES}, **facts}
         file = self.path / "environment.json"
         if self._saved_settings is not None and file.is_file():
-            before: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+            before = _environment(file)
             changed = [
                 f"{name} was {before.get(name)} and is {value}"
                 for name, value in now.items()
@@ -150,6 +150,13 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     write_bytes(path, buffer.getvalue())
+
+
+def _environment(file: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise StudyError(f"{file} cannot be read ({error})", remedy="choose another --out") from error
 
 
 def _differently(path: Path, changed: list[str]) -> StudyError:

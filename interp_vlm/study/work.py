@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -104,13 +105,14 @@ _HELD: dict[str, Any] = {}
 
 def _prepare(settings: Settings) -> None:
     """Make a worker process ready."""
+    signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process: end without a traceback
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     import torch
     from transformers.utils import logging
 
     _HELD["settings"] = settings
     torch.set_num_threads(1)
     logging.disable_progress_bar()
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
@@ -189,6 +191,15 @@ def joined(parts: Sequence[Path]) -> pd.DataFrame:
     """The rows of parts, in their order."""
     import pandas as pd
 
-    frames = [pd.read_parquet(path) for path in parts]
+    frames = [_read(path) for path in parts]
     filled = [frame for frame in frames if len(frame)]
     return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+
+
+def _read(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
+        raise StudyError(f"{path} cannot be read ({error})", remedy="delete it and go on with --resume") from error

@@ -1,12 +1,14 @@
 """The run folder: refused when in use, started differently or holding something else; written whole or not at all."""
 
 import json
+import pickle
 
 import pytest
 
-from interp_vlm.errors import StudyError
+from interp_vlm.errors import DataError, StudyError
 from interp_vlm.study.folder import RunFolder, free_folder, write_bytes
 from interp_vlm.study.settings import Settings
+from interp_vlm.study.work import joined
 
 SETTINGS = Settings(models=("a",))
 FACTS = {"examples": "1", "a": "2"}
@@ -96,3 +98,23 @@ def test_the_next_free_folder(tmp_path):
     for name in ("study-1", "study-3", "notes"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     assert free_folder(tmp_path / "runs") == tmp_path / "runs" / "study-2"
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "not JSON"])
+def test_a_spoilt_environment_is_a_clear_error(tmp_path, text):
+    _start(tmp_path)
+    (tmp_path / "environment.json").write_text(text)
+    with pytest.raises(StudyError, match=r"environment\.json cannot be read"):
+        _start(tmp_path, resume=True)
+
+
+def test_a_spoilt_part_is_named(tmp_path):
+    part = RunFolder(tmp_path).part("masking", "a", 0)
+    write_bytes(part, b"not Parquet")
+    with pytest.raises(StudyError, match=r"0000\.parquet cannot be read"):
+        joined([part])
+
+
+def test_errors_reach_the_caller_from_a_worker_process():
+    error = DataError("3 pictures", expected="4", remedy="add one")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error) == "3 pictures; expected 4; add one"
