@@ -58,7 +58,8 @@ def test_inspect_prints_and_draws(picture, tmp_path):
     assert done.returncode == 0, done.stderr
     for said in ("LlavaForConditionalGeneration", "resid_post", "(pos, 128)", "7 x 7, of 56 x 56 pixels", "question"):
         assert said in done.stdout
-    assert Image.open(out).size[0] > 200
+    with Image.open(out) as drawn:
+        assert drawn.size[0] > 200
     assert [path.name for path in out.parent.iterdir()] == ["grid.png"]
 
 

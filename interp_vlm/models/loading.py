@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,10 @@ __all__ = ["SCHEMES", "load", "resolve"]
 
 SCHEMES = {"testbed": "interp_vlm.testbed"}
 """Modules with a function `path(name)`, by the prefix that calls for them; imported when asked for."""
+
+
+SMALL = 100_000_000
+"""Bytes of weights up to which loading shows no progress bar."""
 
 
 def load(
@@ -64,14 +70,15 @@ def load(
     processor = load_processor(path, **where)
     try:
         # the stubs know one of its two return types
-        found: Any = AutoModelForImageTextToText.from_pretrained(
-            path,
-            output_loading_info=True,
-            dtype=_dtype(dtype, device_map),
-            device_map=device_map,
-            attn_implementation=_attention(config, attn_implementation),
-            **where,
-        )
+        with _bar_for_large(path):
+            found: Any = AutoModelForImageTextToText.from_pretrained(
+                path,
+                output_loading_info=True,
+                dtype=_dtype(dtype, device_map),
+                device_map=device_map,
+                attn_implementation=_attention(config, attn_implementation),
+                **where,
+            )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise _unreachable(path, error) from error
     model, report = found
@@ -82,6 +89,23 @@ def load(
             remedy="download or save the model again",
         )
     return model.eval().requires_grad_(False), processor
+
+
+@contextmanager
+def _bar_for_large(path: str) -> Iterator[None]:
+    """No progress bar for a local checkpoint that loads in a blink."""
+    from transformers.utils import logging
+
+    weights = Path(path).glob("*.safetensors") if Path(path).is_dir() else ()
+    small = bool(sizes := [file.stat().st_size for file in weights]) and sum(sizes) < SMALL
+    shown = logging.is_progress_bar_enabled()
+    if small and shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if small and shown:
+            logging.enable_progress_bar()
 
 
 def resolve(name_or_path: str | os.PathLike[str]) -> str:

@@ -18,6 +18,13 @@ from interp_vlm.readouts.answers import (
 )
 
 PROMPTS = ["is there a red cat in the picture?", "is there a Two cat in the picture?", "left right"]
+
+
+def name_of(metric):
+    """The same on every worker, which the repr of a function is not."""
+    return metric.__name__
+
+
 METRICS = [logit_difference, answer_logprob, answer_probability, flipped, logit_difference("yes", "no")]
 
 
@@ -98,7 +105,7 @@ def test_swapping_the_pair_changes_the_sign(context):
     assert torch.equal(there(logits, context), -back(logits, context))
 
 
-@pytest.mark.parametrize("metric", METRICS, ids=repr)
+@pytest.mark.parametrize("metric", METRICS, ids=name_of)
 def test_metrics_of_differences_ignore_a_shift_of_all_logits(context, logits_for, tokenizer, metric):
     logits = logits_for(tokenizer, 3, seed=9)
     shift = torch.tensor([[5.0], [-3.0], [100.0]], dtype=torch.float64)
@@ -128,7 +135,7 @@ def test_nan_is_shown_not_hidden(context):
         assert values.isnan().tolist() == [False, True, False], metric
 
 
-@pytest.mark.parametrize("metric", [m for m in METRICS if m is not flipped], ids=repr)
+@pytest.mark.parametrize("metric", [m for m in METRICS if m is not flipped], ids=name_of)
 def test_metrics_can_be_differentiated(tokenizers, encode, logits_for, metric):
     tokenizer = tokenizers["words"]
     logits = logits_for(tokenizer, 3, seed=3).requires_grad_(True)
