@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help study test lint types imports unit notebooks clean
+.PHONY: help study test lint types imports unit clean
 
 help:
 	@echo "make study   study the three embedded models; ends with the path of the report"
@@ -12,7 +12,7 @@ help:
 	@echo "make clean   remove .venv and caches"
 
 study: .venv/.ready
-	$(BIN)/interp-vlm study --out runs/study $(ARGS)
+	$(BIN)/interp-vlm study $(ARGS)
 
 test: lint types imports unit
 
