@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -114,8 +114,19 @@ def train(
 def main() -> None:
     """Entry point of the `interp-vlm` command."""
     try:
-        app()
+        status = app(standalone_mode=False)
     except InterpVLMError as error:
-        message = " ".join(str(error).split())
-        print(f"error: {message}", file=sys.stderr)  # noqa: T201
-        sys.exit(2)
+        _refuse(str(error))
+    except Exception as error:
+        # A mistyped command or option: typer's own errors say in words what they expected.
+        if not hasattr(error, "format_message"):
+            raise
+        _refuse(error.format_message())  # type: ignore[attr-defined]
+    sys.exit(status or 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    """One line on standard error; none where typer has shown the help instead."""
+    if message.strip():
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    sys.exit(2)

@@ -73,6 +73,9 @@ def test_inspect_prints_and_draws(picture, tmp_path):
         (["testbed", "train", "lava", "--out", "OUT"], "llava"),
         (["study", "--model", "testbed:lava", "--out", "OUT"], "llava"),
         (["study", "--data", "coco:val", "--out", "OUT"], "pope:PATH"),
+        (["study", "--limit", "many", "--out", "OUT"], "--limit"),
+        (["study", "--modle", "testbed:llava"], "--modle"),
+        (["studdy"], "studdy"),
         (["study", "--data", "pope:missing.json", "--out", "OUT"], "missing.json"),
     ],
 )
