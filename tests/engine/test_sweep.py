@@ -28,7 +28,7 @@ MANY = iv.vary(KNOCKOUT, layers=iv.windows(3, 2), keys=["image", "question"])
 
 
 @pytest.mark.parametrize(
-    "metric", [iv.logit_difference, iv.answer_logprob, iv.flipped, yes_no], ids=lambda m: str(m)[:24]
+    "metric", [iv.logit_difference, iv.answer_logprob, iv.flipped, yes_no], ids=lambda metric: metric.__name__
 )
 def test_values_are_those_of_single_runs(batches, metric):
     vlm = SETTING.vlm
