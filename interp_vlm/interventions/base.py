@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, runtime_checkable
@@ -140,7 +141,7 @@ def brief(value: Any) -> str:
 
 
 @dataclass(frozen=True, repr=False, eq=False, kw_only=True)
-class Intervention:
+class Intervention(ABC):
     """Base of the four interventions: a value that can be compared, hashed, varied and shown.
 
     Attributes:
@@ -158,14 +159,14 @@ class Intervention:
             raise InterventionError(f"during={self.during!r}", expected="'prompt', 'generated' or 'both'")
 
     @property
+    @abstractmethod
     def where(self) -> Site:
         """The row of the site table where this intervention acts."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def selectors(self) -> tuple[Selector, ...]:
         """Every selector that has to be resolved before this intervention can act."""
-        raise NotImplementedError
 
     def apply(self, vlm: VLM) -> None:
         """Act inside a native `with vlm.trace(batch):` block: in the first layer at this point of the forward pass, in
@@ -263,10 +264,10 @@ class CellIntervention(Intervention):
         """Whether the replacement of a position is read at prompt positions of this run or of another."""
         return self.needs_clean
 
+    @abstractmethod
     def replacement(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "..."]:
         """What to put in the place of the selected rows (all heads and units; `rewrite` keeps the others), one for each
         row or one for all."""
-        raise NotImplementedError
 
     def rewrite(self, rows: Shaped[Tensor, "row ..."], layer: int, place: Place) -> Shaped[Tensor, "row ..."]:
         """The selected rows with the chosen heads and units replaced, everything else untouched."""

@@ -80,8 +80,8 @@ class _Pair(Selector):
         return self._combine(*chosen).nonzero().flatten()
 
     @staticmethod
-    def _combine(left: Tensor, right: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _combine(left: Tensor, right: Tensor) -> Tensor: ...
 
     def __repr__(self) -> str:
         return f"{self.left._text(self._binds)} {self._sign} {self.right._text(self._binds + 1)}"
