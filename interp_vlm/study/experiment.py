@@ -29,11 +29,13 @@ class Bench:
         vlm: the model.
         settings: of the study.
         reference: examples of other pictures, for means.
+        fitting: examples of other pictures again, on which probes choose what to ablate.
     """
 
     vlm: VLM
     settings: Settings
-    reference: tuple[Example, ...]
+    reference: tuple[Example, ...] = ()
+    fitting: tuple[Example, ...] = ()
 
     @cached_property
     def image_mean(self) -> Tensor:
@@ -55,7 +57,7 @@ class Experiment:
         summarise: the tidy table of one model's rows.
         passes: forward passes for one item, roughly: what its progress counts.
         absent: why the report lacks the experiment where it has no material.
-        needs_reference: whether it needs pictures that are set aside.
+        needs: which of the material's examples that are set aside it needs, "reference" or "fitting".
     """
 
     name: str
@@ -64,4 +66,4 @@ class Experiment:
     summarise: Callable[[pd.DataFrame, Settings], pd.DataFrame]
     passes: int
     absent: str = ""
-    needs_reference: bool = False
+    needs: tuple[str, ...] = ()

@@ -135,5 +135,5 @@ MASKING = Experiment(
     summarise,
     passes=26,
     absent="it needs pictures that are set aside as reference, and the data hold a single one",
-    needs_reference=True,
+    needs=("reference",),
 )

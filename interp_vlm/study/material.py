@@ -17,6 +17,8 @@ __all__ = ["Material", "Shard", "load_material", "shards"]
 HARD_FACTOR = 4  # hard scenes per standard one: they cost one pass each, and errors are what is counted there
 PAIR_SHARE = 4  # one pair of scenes for so many questions
 REFERENCE_PICTURES = 64
+FITTING_FACTOR = 2  # hard scenes per standard one for choosing neurons
+FITTING_SHARE = 5  # elsewhere one picture in so many, as in the studied work's split
 AS_GIVEN = "as given"
 
 
@@ -53,6 +55,7 @@ class Material:
         conditions: examples by condition; the first serves the interventions, the last the prediction of errors.
         pairs: scenes that differ in one object; none for data other than digit scenes.
         reference: examples whose pictures serve as reference for masking and for nothing else.
+        fitting: examples on which probes choose the neurons to ablate, about other pictures than all the rest.
         skipped: what could not be read, a line each.
         source: the data in words.
     """
@@ -60,6 +63,7 @@ class Material:
     conditions: Mapping[str, tuple[Example, ...]]
     pairs: tuple[Pair, ...]
     reference: tuple[Example, ...]
+    fitting: tuple[Example, ...]
     skipped: tuple[str, ...]
     source: str
 
@@ -79,7 +83,7 @@ class Material:
         digest = hashlib.sha256()
         examples = [example for listed in self.conditions.values() for example in listed]
         both = [example for pair in self.pairs for example in (pair.clean, pair.corrupt)]
-        for example in (*examples, *self.reference, *both):
+        for example in (*examples, *self.reference, *self.fitting, *both):
             digest.update(repr((example.id, example.group, example.question, example.answers)).encode())
         return digest.hexdigest()[:16]
 
@@ -104,6 +108,8 @@ def _digits(settings: Settings) -> Material:
         },
         pairs=tuple(digit_pairs("test", max(1, n // PAIR_SHARE), seed, "standard")),
         reference=_one_per_picture(reference),
+        # Validation glyphs under another seed: neither the reference nor any tested scene.
+        fitting=tuple(digit_scenes("validation", FITTING_FACTOR * n, seed + 1, "hard")),
         skipped=(),
         source="held-out digit scenes (handwritten digits that no training picture showed)",
     )
@@ -117,12 +123,14 @@ def _read(settings: Settings) -> Material:
     groups = list(dict.fromkeys(example.group for example in found))
     # One picture in ten is set aside: a mean over the pictures that are masked would leak into the mask.
     held = min(REFERENCE_PICTURES, len(groups) // 10 or int(len(groups) > 1))
-    chosen = np.random.default_rng(settings.seed).permutation(len(groups))[:held]
-    reference = {groups[index] for index in chosen}
+    order = np.random.default_rng(settings.seed).permutation(len(groups))
+    reference = {groups[index] for index in order[:held]}
+    fitting = {groups[index] for index in order[held : held + len(groups) // FITTING_SHARE]}
     return Material(
-        conditions={AS_GIVEN: tuple(example for example in found if example.group not in reference)},
+        conditions={AS_GIVEN: tuple(example for example in found if example.group not in reference | fitting)},
         pairs=(),
         reference=_one_per_picture([example for example in found if example.group in reference]),
+        fitting=tuple(example for example in found if example.group in fitting),
         skipped=skipped,
         source=settings.data,
     )

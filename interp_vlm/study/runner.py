@@ -73,13 +73,13 @@ class _Planned:
     model: str
     shards: tuple[Shard, ...]
     paths: tuple[Path, ...]
-    reference: tuple[Any, ...]
+    aside: Mapping[str, tuple[Any, ...]]
 
     def tasks(self) -> list[Task]:
         """What is not done yet."""
         name = self.experiment.name
         return [
-            Task(measure, (self.model, name, shard, self.reference, path), self.model, self._weight(shard))
+            Task(measure, (self.model, name, shard, self.aside, path), self.model, self._weight(shard))
             for shard, path in zip(self.shards, self.paths, strict=True)
             if not path.is_file()
         ]
@@ -105,13 +105,13 @@ def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Pl
     names, plan = short_names(settings.models), []
     for model in settings.models:
         for experiment in EXPERIMENTS.values():
-            reference = material.reference if experiment.needs_reference else ()
-            if experiment.needs_reference and not reference:
+            aside = {name: getattr(material, name) for name in experiment.needs}
+            if not all(aside.values()):
                 continue
             cut = tuple(shards(experiment.material(material), settings.shard_size))
             paths = tuple(folder.part(experiment.name, names[model], shard.number) for shard in cut)
             if cut:
-                plan.append(_Planned(experiment, model, cut, paths, reference))
+                plan.append(_Planned(experiment, model, cut, paths, aside))
     return plan
 
 

@@ -10,11 +10,11 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +126,7 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _bench(model: str, reference: tuple[Example, ...] = ()) -> Bench:
+def _bench(model: str, aside: Mapping[str, tuple[Example, ...]] | None = None) -> Bench:
     from interp_vlm.study.experiment import Bench
     from interp_vlm.vlm import load
 
@@ -134,10 +134,11 @@ def _bench(model: str, reference: tuple[Example, ...] = ()) -> Bench:
         _HELD.pop("bench", None)
         gc.collect()
         options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
-        _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"], ()), model
+        _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"]), model
     bench: Bench = _HELD["bench"]
-    if reference and not bench.reference:
-        bench = _HELD["bench"] = Bench(bench.vlm, bench.settings, reference)
+    missing = {name: examples for name, examples in (aside or {}).items() if not getattr(bench, name)}
+    if missing:
+        bench = _HELD["bench"] = replace(bench, **missing)
     return bench
 
 
@@ -170,11 +171,11 @@ def describe(model: str, example: Example) -> dict[str, Any]:
     }
 
 
-def measure(model: str, experiment: str, shard: Shard, reference: tuple[Example, ...], path: Path) -> None:
+def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], path: Path) -> None:
     """Measure one shard and save its rows."""
     from interp_vlm.study.experiments import EXPERIMENTS
 
-    write_frame(path, EXPERIMENTS[experiment].measure(_bench(model, reference), shard))
+    write_frame(path, EXPERIMENTS[experiment].measure(_bench(model, aside), shard))
 
 
 def summarise(experiment: str, parts: Sequence[Path]) -> pd.DataFrame:

@@ -61,9 +61,11 @@ def test_of_other_data_some_pictures_are_set_aside(tmp_path):
     path = _file(tmp_path, 12)
     material = load_material(Settings(models=("m",), data=f"file:{path}?images={tmp_path}"))
     (examples,) = material.conditions.values()
-    assert len(examples) == 22
+    assert len(examples) == 18
     assert len(material.reference) == 1
-    assert not {e.group for e in examples} & {e.group for e in material.reference}
+    assert len(material.fitting) == 4
+    groups = [{e.group for e in part} for part in (examples, material.reference, material.fitting)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     assert not material.pairs
     assert material.interventions == material.errors
 
