@@ -65,7 +65,9 @@ def test_of_other_data_some_pictures_are_set_aside(tmp_path):
     assert len(material.reference) == 1
     assert len(material.fitting) == 4
     groups = [{e.group for e in part} for part in (examples, material.reference, material.fitting)]
-    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert not groups[0] & groups[1]
+    assert not groups[0] & groups[2]
+    assert not groups[1] & groups[2]
     assert not material.pairs
     assert material.interventions == material.errors
 
