@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_vlm.study.folder import RunFolder, write_bytes
+from interp_vlm.study.sections.front import Card, front
 from interp_vlm.study.sections.section import Panel, Section
 from interp_vlm.study.sections.words import listed
 from interp_vlm.study.settings import EMBEDDED, Settings, short_names
@@ -48,13 +49,15 @@ def write_report(
     from interp_vlm.study.experiments import EXPERIMENTS
 
     names = list(short_names(settings.models).values())
-    sections, absent = {}, []
+    sections: dict[str, Section] = {}
+    absent = []
     for name, experiment in EXPERIMENTS.items():
         if name in tables and len(tables[name]):
             sections[name] = import_module(f"interp_vlm.study.sections.{name}").section(tables[name], names)
         else:
             absent.append((name, experiment.absent if name not in tables else "no example could be used for it"))
-    page = _page(settings, material, facts, sections, absent, folder)
+    cards = front(tables, sections, names)
+    page = _page(settings, material, facts, cards, sections, absent, folder)
     path = folder.path / "report.html"
     write_bytes(path, page.encode())
     return path
@@ -64,6 +67,7 @@ def _page(
     settings: Settings,
     material: Material,
     facts: Mapping[str, Mapping[str, Any]],
+    cards: Sequence[Card],
     sections: Mapping[str, Section],
     absent: Sequence[tuple[str, str]],
     folder: RunFolder,
@@ -72,8 +76,7 @@ def _page(
 
     shown = []
     for name, section in sections.items():
-        panels = [{"caption": panel.caption, "png": _drawn(panel, folder)} for panel in section.panels]
-        shown.append({**_shallow(section), "name": name, "panels": panels})
+        shown.append({**_shallow(section), "name": name, "panels": [_shown(panel, folder) for panel in section.panels]})
     names = short_names(settings.models)
     models = [
         {**facts[model], "name": names[model], "parameters": _millions(facts[model])} for model in settings.models
@@ -83,7 +86,8 @@ def _page(
     )
     return environment.get_template("report.html").render(
         title=f"What the answers of {listed(names.values())} rest on",
-        lead=" ".join(section.summary for section in sections.values() if section.summary),
+        cards=[{**_shallow(card), "panel": _shown(card.panel, folder)} for card in cards],
+        lead="" if cards else " ".join(section.summary for section in sections.values() if section.summary),
         source=material.source,
         skipped=material.skipped,
         sections=shown,
@@ -94,16 +98,16 @@ def _page(
     )
 
 
-def _shallow(section: Section) -> dict[str, Any]:
-    return {item.name: getattr(section, item.name) for item in fields(section)}
+def _shallow(part: Section | Card) -> dict[str, Any]:
+    return {item.name: getattr(part, item.name) for item in fields(part)}
 
 
-def _drawn(panel: Panel, folder: RunFolder) -> str:
-    """The panel as PNG, saved and encoded for the page."""
+def _shown(panel: Panel, folder: RunFolder) -> dict[str, str]:
+    """The panel's caption, and its figure as PNG, saved and encoded for the page."""
     buffer = io.BytesIO()
     panel.figure.savefig(buffer, format="png", dpi=_DPI)
     write_bytes(folder.path / "figures" / f"{panel.name}.png", buffer.getvalue())
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    return {"caption": panel.caption, "png": base64.b64encode(buffer.getvalue()).decode("ascii")}
 
 
 def _millions(facts: Mapping[str, Any]) -> str:
