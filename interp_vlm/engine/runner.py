@@ -29,7 +29,7 @@ from interp_vlm.engine.place import (
 from interp_vlm.engine.plan import Plan, plan
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import CellIntervention, Intervention
+from interp_vlm.interventions.base import CellIntervention, Intervention, indices
 from interp_vlm.interventions.cache import Cache
 from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.sites import site as site_named
@@ -89,7 +89,7 @@ class Engine:
             recording = forward(self.root, self.access, batch.inputs, self._evidence_program(missing))
             assert recording.logits is not None
             known = known or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
-            known.evidence.update({name: self._evidence(name, recording, batch) for name in missing})
+            known.evidence.update(self._evidence(missing, recording, batch))
             self._clean[batch] = known
         return known
 
@@ -194,17 +194,32 @@ class Engine:
 
     def _evidence_program(self, needs: Sequence[str]) -> Program:
         middle = self.anatomy.n_layers // 2
-        attention = frozenset(range(self.anatomy.n_layers)) if "attention" in needs else frozenset()
+        attention = frozenset(layer for name in needs for layer in self._attention_layers(name))
         return Program(captures={"resid_post": [middle]} if "sinks" in needs else {}, attention=attention)
 
-    def _evidence(self, name: str, recording: Recording, batch: Batch) -> Tensor:
-        if name == "attention":
+    def _attention_layers(self, name: str) -> tuple[int, ...]:
+        """The layers whose attention makes up this evidence: all for "attention", one for "attention@LAYER"."""
+        kind, _, layer = name.partition("@")
+        if kind != "attention":
+            return ()
+        return indices(int(layer) if layer else "all", self.anatomy.n_layers, "layer")
+
+    def _evidence(self, names: Sequence[str], recording: Recording, batch: Batch) -> dict[str, Tensor]:
+        found = {}
+        if recording.attention:
+            layers = sorted(recording.attention)
             last = batch.last.to(batch.inputs["input_ids"].device)[:, None]
-            rows = self._patterns(recording, sorted(recording.attention), last, torch.ones_like(last, dtype=torch.bool))
-            return rows.float().mean(dim=(1, 2, 3))
-        if name == "sinks":
-            return sink_scores(recording.values["resid_post", self.anatomy.n_layers // 2])
-        raise InterventionError(f"no evidence named {name!r}", expected="'attention' or 'sinks'")
+            rows = self._patterns(recording, layers, last, torch.ones_like(last, dtype=torch.bool)).float()
+        for name in names:
+            if name == "sinks":
+                found[name] = sink_scores(recording.values["resid_post", self.anatomy.n_layers // 2])
+            elif wanted := self._attention_layers(name):
+                found[name] = rows[:, [layers.index(layer) for layer in wanted]].mean(dim=(1, 2, 3))
+            else:
+                raise InterventionError(
+                    f"no evidence named {name!r}", expected="'attention', 'attention@LAYER', 'sinks'"
+                )
+        return found
 
 
 def _tower_rows(batch: Batch, value: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 EVIDENCE = ("attention", "sinks")
+ATTENTION_AT = r"attention@-?\d+"  # the attention of one layer
 # Letters of scripts that set words apart; Thai, CJK, kana, Hangul and the like do not, so there any match counts.
 LETTER = r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\ud7af\uf900-\ufaff]"
 
@@ -179,8 +180,10 @@ class _Ranked(_Share):
     def __post_init__(self) -> None:
         self._checked()
         object.__setattr__(self, "among", of(self.among))
-        if self.by not in EVIDENCE:
-            raise SelectionError(f"by={self.by!r}", expected=f"one of {', '.join(EVIDENCE)}")
+        if self.by not in EVIDENCE and not re.fullmatch(ATTENTION_AT, str(self.by)):
+            raise SelectionError(
+                f"by={self.by!r}", expected=f"one of {', '.join(EVIDENCE)}, attention@LAYER (a number; -1: the last)"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
@@ -200,7 +203,8 @@ class _Ranked(_Share):
 class top(_Ranked):
     """The highest scored positions: a fraction (0.30, rounded up) or a count (10) of `among`; ties go to the first.
 
-    `by="attention"` is the attention that the last token pays, `by="sinks"` the sink score of the residual stream.
+    `by="attention"` is the attention that the last token pays, the mean over layers and heads; `by="attention@-1"` that
+    of one layer (negative numbers count from the end); `by="sinks"` the sink score of the residual stream.
     """
 
     def positions(self, tokens: TokenMap, evidence: Evidence | None = None) -> Int[Tensor, " found"]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import interp_vlm as iv
+from interp_vlm.errors import InterventionError
 from interp_vlm.tokens import select
 from tests.engine import reference
 from tests.engine.settings import Setting
@@ -14,6 +15,7 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 SELECTORS = [
     select.top(0.3),
     select.bottom(0.3),
+    select.top(0.3, by="attention@-1"),
     select.top(5, among=select.text),
     select.top(4, by="sinks", among=select.all),
     select.random(0.3, seed=7),
@@ -44,6 +46,31 @@ def test_attention_is_the_mean_that_the_last_token_pays(family):
         sinks = tokens.all[norm[tokens.all].abs().amax(-1) >= 2.5]
         found = setting.vlm.positions(batch, select.sinks(threshold=2.5, among=select.all))[row]
         assert torch.equal(found, sinks)
+
+
+@every_family
+def test_attention_of_one_layer(family):
+    setting, eager = Setting(family, "sdpa", 32, "left"), Setting(family, "eager", 32, "left")
+    batch, tops = setting.batch, {layer: select.top(0.3, by=f"attention@{layer}") for layer in (0, 2, -1)}
+    together = setting.vlm.positions(batch, tops[0] | tops[2] | select.top(0.3) | select.sinks())
+    weights = torch.stack(reference.forward(eager.raw, batch.inputs, output_attentions=True).attentions, dim=1)
+    for row, tokens in enumerate(batch.tokens):
+        image, expected = tokens.image, {}
+        for layer in tops:
+            score = weights[row, layer, :, int(tokens.last)].mean(0)
+            wanted = image[score[image].argsort(descending=True, stable=True)[: -(-len(image) * 3 // 10)]].sort().values
+            assert torch.equal(setting.vlm.positions(batch, tops[layer])[row], wanted)
+            expected[layer] = set(wanted.tolist())
+        assert expected[2] == expected[-1]
+        mean = setting.vlm.positions(batch, select.top(0.3))[row]
+        sinks = setting.vlm.positions(batch, select.sinks())[row]
+        assert set(together[row].tolist()) == expected[0] | expected[2] | set(mean.tolist()) | set(sinks.tolist())
+
+
+def test_a_layer_that_does_not_exist_is_refused():
+    setting = Setting("llava")
+    with pytest.raises(InterventionError, match="layer 3 does not exist"):
+        setting.vlm.positions(setting.batch, select.top(0.3, by="attention@3"))
 
 
 @every_family

@@ -275,6 +275,7 @@ def test_needs_are_the_union_over_the_tree() -> None:
     assert (select.image | ~select.random(3)).needs == frozenset()
     tree = (select.top(0.3, among=select.image - select.sinks()) | select.last) & select.bottom(2, by="sinks")
     assert tree.needs == {"attention", "sinks"}
+    assert (select.top(2, by="attention@-1") | tree).needs == {"attention", "attention@-1", "sinks"}
     assert select.random(0.5, among=select.image - select.sinks()).needs == {"sinks"}
 
 
@@ -301,6 +302,8 @@ def test_roles_are_ready_made_values(role: str) -> None:
         (lambda: select.random(True), "a share of True"),
         (lambda: select.top(float("nan")), "a share of nan"),
         (lambda: select.top(0.3, by="gradient"), "by='gradient'; expected one of attention, sinks"),
+        (lambda: select.top(0.3, by="attention@last"), r"expected one of attention, sinks, attention@LAYER"),
+        (lambda: select.top(0.3, by="attention@-1").positions(MAPS[0]), "needs 'attention@-1' scores"),
         (lambda: select.random(0.3, seed=-1), "seed=-1"),
         (lambda: select.sinks(0), "positive"),
         (lambda: select.top(0.3).positions(MAPS[0]), "needs 'attention' scores"),
