@@ -8,12 +8,14 @@ falls below 0.5). Pairs of one fold are compared alone, and folds are weighted b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from interp_vlm.stats import Estimate, bootstrap
+from interp_vlm import stats
+from interp_vlm.stats import Estimate
+from interp_vlm.stats.bootstrap import auroc_statistic
+from interp_vlm.stats.resampling import draws, estimate
 
 __all__ = [
     "auroc",
@@ -27,8 +29,6 @@ __all__ = [
 ]
 
 ONSET = 0.9  # of the way from chance to the peak
-
-Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def fold_auroc(
@@ -54,34 +54,6 @@ def fold_auroc(
     return np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
 
 
-def auroc_statistic(
-    scores: Float[np.ndarray, " example"],
-    labels: Bool[np.ndarray, " example"],
-    folds: Int[np.ndarray, " example"],
-    codes: Int[np.ndarray, " example"],
-) -> Statistic:
-    """`fold_auroc` of one column as a function of how often each group was drawn, (resample, group) to (resample,)."""
-    parts = []
-    for fold in np.unique(folds):
-        true, false = np.flatnonzero((folds == fold) & labels), np.flatnonzero((folds == fold) & ~labels)
-        false = false[np.argsort(scores[false], kind="stable")]
-        below = np.searchsorted(scores[false], scores[true], side="left")
-        not_above = np.searchsorted(scores[false], scores[true], side="right")
-        parts.append((codes[true], codes[false], below, not_above))
-
-    def statistic(drawn: np.ndarray) -> np.ndarray:
-        wins, pairs = np.zeros(len(drawn)), np.zeros(len(drawn))
-        for true, false, below, not_above in parts:
-            weights = drawn[:, true]
-            cumulated = np.zeros((len(drawn), len(false) + 1))
-            np.cumsum(drawn[:, false], axis=1, out=cumulated[:, 1:])
-            wins += np.einsum("rt,rt->r", weights, cumulated[:, below] + cumulated[:, not_above]) / 2.0
-            pairs += weights.sum(axis=1) * cumulated[:, -1]
-        return np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
-
-    return statistic
-
-
 def auroc(
     scores: Float[np.ndarray, " example"],
     labels: Bool[np.ndarray, " example"],
@@ -93,9 +65,7 @@ def auroc(
     seed: int,
 ) -> Estimate:
     """AUROC within folds and its interval; groups are drawn, the fits are kept."""
-    statistic = auroc_statistic(scores, labels, folds, codes)
-    groups = int(codes.max()) + 1
-    return bootstrap._bootstrap(statistic, len(scores), groups, level, resamples, seed, width=len(scores))
+    return stats.auroc(scores, labels, codes, strata=folds, level=level, resamples=resamples, seed=seed)
 
 
 def average_precision(
@@ -128,7 +98,7 @@ def average_precision(
         return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
 
     groups = int(codes.max()) + 1
-    return bootstrap._bootstrap(statistic, len(scores), groups, level, resamples, seed, width=len(scores))
+    return estimate(statistic, len(scores), groups, level, resamples, seed, width=len(scores))
 
 
 def brier(
@@ -143,7 +113,7 @@ def brier(
     """Mean squared difference of the probability (of these logits) from the outcome, with its interval."""
     from scipy.special import expit
 
-    return bootstrap.mean((expit(scores) - labels) ** 2, codes, level=level, resamples=resamples, seed=seed)
+    return stats.mean((expit(scores) - labels) ** 2, codes, level=level, resamples=resamples, seed=seed)
 
 
 def auroc_draws(
@@ -156,14 +126,9 @@ def auroc_draws(
     seed: int,
 ) -> Float[np.ndarray, "resample layer"]:
     """AUROC of every layer in the same resamples of groups, for what depends on the whole curve."""
-    groups = int(codes.max()) + 1
-    rows = max(1, 1_000_000 // scores.shape[1])
-    columns = []
-    for layer in scores:
-        statistic, rng = auroc_statistic(layer, labels, folds, codes), np.random.default_rng(seed)
-        sizes = (min(rows, resamples - start) for start in range(0, resamples, rows))
-        columns.append(np.concatenate([statistic(bootstrap._draw(rng, size, groups)) for size in sizes]))
-    return np.stack(columns, axis=1)
+    groups, width = int(codes.max()) + 1, scores.shape[1]
+    curves = (auroc_statistic(layer, labels, folds, codes) for layer in scores)
+    return np.stack([draws(statistic, groups, resamples, seed, width) for statistic in curves], axis=1)
 
 
 def onset(curves: Float[np.ndarray, "... layer"]) -> Float[np.ndarray, "..."]:

@@ -51,7 +51,7 @@ def as_classes(label: ArrayLike, name: str, n: int | None = None) -> Bool[np.nda
     return column.astype(bool)
 
 
-def as_groups(groups: Groups, n: int) -> tuple[Int[np.ndarray, "n"], int]:
+def as_groups(groups: Groups, n: int, name: str = "groups") -> tuple[Int[np.ndarray, "n"], int]:
     """Group number of each observation, and how many groups there are; without `groups` each is its own.
 
     Numbers follow the sorted labels, so that the order of the rows does not change which groups a seed draws.
@@ -63,14 +63,14 @@ def as_groups(groups: Groups, n: int) -> tuple[Int[np.ndarray, "n"], int]:
         return np.arange(n), n
     labels: list[Any] = np.asarray(groups).tolist() if hasattr(groups, "__array__") else list(groups)  # type: ignore[arg-type]
     if len(labels) != n:
-        raise DataError(f"groups has {len(labels)} values", expected=f"{n}, one for each observation")
+        raise DataError(f"{name} has {len(labels)} values", expected=f"{n}, one for each observation")
     missing = sum(label is None or label == "" or label != label for label in labels)
     if missing:
-        raise DataError(f"groups holds {missing} missing labels", expected="a label for each observation")
+        raise DataError(f"{name} holds {missing} missing labels", expected="a label for each observation")
     try:
         ordered = sorted(set(labels))
     except TypeError as error:
-        raise DataError(f"groups holds labels of mixed types ({error})", expected="all text or all numbers") from error
+        raise DataError(f"{name} holds labels of mixed types ({error})", expected="all text or all numbers") from error
     number = {label: i for i, label in enumerate(ordered)}
     return np.array([number[label] for label in labels], dtype=np.intp), len(ordered)
 
