@@ -1,8 +1,9 @@
-"""Exact McNemar, equivalence by two one-sided tests, and Holm's correction."""
+"""Exact McNemar, equivalence by two one-sided tests, the smallest detectable effect, and Holm's correction."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -12,7 +13,7 @@ from interp_vlm.errors import DataError
 from interp_vlm.stats.estimate import Estimate
 from interp_vlm.stats.inputs import Groups, as_classes, as_column, as_groups, check_level
 
-__all__ = ["equivalence", "holm", "mcnemar"]
+__all__ = ["equivalence", "holm", "mcnemar", "smallest_effect", "smallest_margin"]
 
 
 def mcnemar(a: ArrayLike, b: ArrayLike, *, level: float = 0.95) -> Estimate:
@@ -82,13 +83,93 @@ def equivalence(
     value = float(column.mean()) if n else math.nan
     error = _clustered_error(column, codes, count) if count > 1 else math.nan
     if not error > 0.0:
-        reason = "no observations" if n == 0 else "one group: no standard error" if count == 1 else "no variance"
-        return Estimate(value, math.nan, math.nan, n, count, level, method, p=math.nan, reason=reason)
+        return Estimate(value, math.nan, math.nan, n, count, level, method, p=math.nan, reason=_no_error(n, count))
     from scipy.special import stdtr, stdtrit
 
     p = max(stdtr(count - 1, (value - margin) / error), stdtr(count - 1, -(value + margin) / error))
     half = -stdtrit(count - 1, alpha) * error
     return Estimate(value, value - half, value + half, n, count, level, method, p=float(p))
+
+
+def smallest_effect(values: ArrayLike, groups: Groups = None, *, alpha: float = 0.05, power: float = 0.80) -> Estimate:
+    """The smallest mean of paired differences that a two-sided t test on these data would find with the wanted power.
+
+    What stands beside a result without evidence: an effect smaller than this would most likely have been missed. The
+    scatter is that of the data, its standard error cluster-robust; power is that of the noncentral t with groups - 1
+    degrees of freedom.
+
+    Args:
+        values: (n,) paired differences.
+        groups: (n,) labels.
+        alpha: level of the two-sided test.
+        power: chance to find the effect.
+
+    Example:
+        >>> smallest_effect([0.1, -0.1] * 50).value.__round__(3)
+        0.028
+    """
+    check_level(alpha)
+    check_level(power)
+    method = f"smallest mean found by a two-sided t test at {alpha:g} with power {power:g} (clustered)"
+    found, error = _scattered(values, groups, 1.0 - alpha, method)
+    if not error > 0.0:
+        return found
+    from scipy.optimize import brentq
+    from scipy.special import stdtrit
+    from scipy.stats import nct
+
+    freedom = found.groups - 1
+    critical = -stdtrit(freedom, alpha / 2.0)
+
+    def lacking(size: float) -> float:
+        return float(nct.sf(critical, freedom, size) + nct.cdf(-critical, freedom, size)) - power
+
+    high = critical + 1.0
+    while lacking(high) < 0.0:
+        high *= 2.0
+    return replace(found, value=float(brentq(lacking, 0.0, high)) * error)
+
+
+def smallest_margin(values: ArrayLike, groups: Groups = None, *, alpha: float = 0.05, power: float = 0.80) -> Estimate:
+    """The smallest margin within which `equivalence` would hold with the wanted power, were the true mean 0.
+
+    The margin is (t(1 - alpha) + t((1 + power) / 2)) standard errors, the usual approximation of the power of two
+    one-sided tests (Chow, Shao and Wang 2008, section 3.1).
+
+    Args:
+        values: (n,) paired differences.
+        groups: (n,) labels.
+        alpha: level of each one-sided test.
+        power: chance that both tests hold.
+
+    Example:
+        >>> smallest_margin([0.1, -0.1] * 50).value.__round__(3)
+        0.03
+    """
+    check_level(alpha)
+    check_level(power)
+    method = f"smallest margin shown by two one-sided t tests at {alpha:g} with power {power:g} (clustered)"
+    found, error = _scattered(values, groups, 1.0 - 2.0 * alpha, method)
+    if not error > 0.0:
+        return found
+    from scipy.special import stdtrit
+
+    freedom = found.groups - 1
+    return replace(found, value=float(stdtrit(freedom, 1.0 - alpha) + stdtrit(freedom, (1.0 + power) / 2.0)) * error)
+
+
+def _scattered(values: ArrayLike, groups: Groups, level: float, method: str) -> tuple[Estimate, float]:
+    """An estimate without a value yet, and the standard error that it will rest on; a reason where there is none."""
+    column = as_column(values, "values")
+    codes, count = as_groups(groups, len(column))
+    error = _clustered_error(column, codes, count) if count > 1 else 0.0
+    reason = "" if error > 0.0 else _no_error(len(column), count)
+    return Estimate(math.nan, math.nan, math.nan, len(column), count, level, method, reason=reason), error
+
+
+def _no_error(n: int, groups: int) -> str:
+    """Why there is no standard error."""
+    return "no observations" if n == 0 else "one group: no standard error" if groups == 1 else "no variance"
 
 
 def holm(pvalues: ArrayLike) -> Float[np.ndarray, "test"]:
