@@ -114,7 +114,7 @@ def smallest_effect(values: ArrayLike, groups: Groups = None, *, alpha: float = 
     found, error = _scattered(values, groups, 1.0 - alpha, method)
     if not error > 0.0:
         return found
-    from scipy.optimize import brentq
+    from scipy.optimize import root_scalar
     from scipy.special import stdtrit
     from scipy.stats import nct
 
@@ -122,12 +122,13 @@ def smallest_effect(values: ArrayLike, groups: Groups = None, *, alpha: float = 
     critical = -stdtrit(freedom, alpha / 2.0)
 
     def lacking(size: float) -> float:
-        return float(nct.sf(critical, freedom, size) + nct.cdf(-critical, freedom, size)) - power
+        # the other tail, where the sign is mistaken, is nothing at any power worth asking for
+        return float(nct.sf(critical, freedom, size)) - power
 
     high = critical + 1.0
     while lacking(high) < 0.0:
         high *= 2.0
-    return replace(found, value=float(brentq(lacking, 0.0, high)) * error)
+    return replace(found, value=float(root_scalar(lacking, bracket=(0.0, high)).root) * error)
 
 
 def smallest_margin(values: ArrayLike, groups: Groups = None, *, alpha: float = 0.05, power: float = 0.80) -> Estimate:
