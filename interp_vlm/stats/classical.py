@@ -122,8 +122,8 @@ def smallest_effect(values: ArrayLike, groups: Groups = None, *, alpha: float = 
     critical = -stdtrit(freedom, alpha / 2.0)
 
     def lacking(size: float) -> float:
-        # the other tail, where the sign is mistaken, is nothing at any power worth asking for
-        return float(nct.sf(critical, freedom, size)) - power
+        # where the other tail is too small for SciPy it is NaN
+        return float(nct.sf(critical, freedom, size) + np.nan_to_num(nct.cdf(-critical, freedom, size))) - power
 
     high = critical + 1.0
     while lacking(high) < 0.0:
