@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,15 @@ from jaxtyping import Bool, Float, Int
 
 from interp_vlm.errors import DataError
 from interp_vlm.probes import measures
+from interp_vlm.probes.logistic import C_PATH
 from interp_vlm.stats import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from interp_vlm.probes.monitor import ReliabilityMonitor
+    from interp_vlm.vlm import VLM
 
 __all__ = ["Baseline", "ProbeReport"]
 
@@ -176,6 +181,41 @@ class ProbeReport:
 
         scores = self.headline_scores if layer is None else self.layer_scores(layer)
         return pd.DataFrame(measures.reliability(expit(scores), self.labels, bins))
+
+    def monitor(
+        self,
+        activations: Any,
+        vlm: VLM,
+        *,
+        layer: int | None = None,
+        kinds: Sequence[str] | None = None,
+        choices: Sequence[str] | None = None,
+        C: Sequence[float] = C_PATH,
+        standardise: bool = True,
+    ) -> ReliabilityMonitor:
+        """A monitor to deploy: one layer's probe, fitted on all examples, its scores calibrated to probabilities.
+
+        C is chosen over the report's outer folds, by pictures; the sigmoid that calibrates is fitted on the report's
+        scores of unseen pictures (Platt 1999). One fold is fitted again to make sure that these are the activations
+        probed.
+
+        Args:
+            activations: what the report was made from.
+            vlm: the model that they were captured from, at the last prompt token.
+            layer: by default the one that most inner folds chose.
+            kinds: (n,) kinds of question, kept for the record.
+            choices: closed answers, if the labels are about those (as for `vlm.run`).
+            C, standardise: as for `probe_layers`.
+
+        Raises:
+            DataError: a probe that has seen the answer (it would need a second forward step), another probe than "l2",
+                no site, other activations than those probed.
+            ModelError: another model than the one probed.
+        """
+        from interp_vlm.probes.monitor_fit import fit_monitor
+
+        options: dict[str, Any] = {"layer": layer, "kinds": kinds, "choices": choices}
+        return fit_monitor(self, activations, vlm, C=C, standardise=standardise, **options)
 
     def plot(self, ax: Any = None) -> Figure:
         """AUROC by layer with its intervals, the onset, and the baselines as lines."""

@@ -1,0 +1,75 @@
+"""Answer, confidence and hidden state of one forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_vlm.engine.full import Program, answer_rows, forward
+from interp_vlm.readouts.answers import Answer, prompt_ends, read_answers
+from interp_vlm.readouts.scores import full_precision, refuse_nan
+from interp_vlm.readouts.spelling import answer_vocabulary
+from interp_vlm.sites import site as site_named
+
+if TYPE_CHECKING:
+    from interp_vlm.tokens.batch import Batch
+    from interp_vlm.vlm import VLM
+
+__all__ = ["Pass", "one_pass", "width"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What one forward pass of a batch says.
+
+    Attributes:
+        hidden: per example and layer asked for, the site at the answer position (the last prompt token).
+        answers: the most probable answers; without a closed set their `scores` are left empty.
+    """
+
+    hidden: Float[Tensor, "batch layer feature"]
+    answers: tuple[Answer, ...]
+
+    @property
+    def confidence(self) -> tuple[float, ...]:
+        """Probability of the token that writes each answer."""
+        return tuple(math.exp(answer.logprob) for answer in self.answers)
+
+
+def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: Sequence[str] | None = None) -> Pass:
+    """Run a batch once and read a site, the answers and their confidence.
+
+    The answers are those of `vlm.run`, without the scores of the other answers, which cost more than the probe.
+
+    Args:
+        vlm: the model.
+        batch: encoded examples.
+        site: a site of the decoder.
+        layers: its layers.
+        choices: closed answers, as for `vlm.run`.
+    """
+    engine, last = vlm._engine, batch.last
+    program = Program(captures={site: list(layers)}, keep=lambda _, value: answer_rows(value, last))
+    recording = forward(engine.root, engine.access, batch.inputs, program)
+    assert recording.logits is not None
+    hidden = torch.stack([recording.values[site, layer].flatten(1) for layer in layers], dim=1)
+    logits = answer_rows(recording.logits, last)
+    if choices is not None:
+        return Pass(hidden, tuple(read_answers(logits, vlm.tokenizer, prompt_ends(batch, vlm.tokenizer), choices)))
+    refuse_nan(logits)
+    best = full_precision(logits).log_softmax(dim=-1).max(dim=-1)
+    text = answer_vocabulary(vlm.tokenizer).text
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Pass(hidden, tuple(Answer(text(token), token=token, logprob=logprob) for token, logprob in pairs))
+
+
+def width(vlm: VLM, site: str) -> int:
+    """How many numbers a site holds at one position."""
+    sizes = {"d": "d_model", "h": "n_heads", "d_head": "d_head", "f": "d_mlp"}
+    return math.prod(getattr(vlm.anatomy, sizes[axis]) for axis in site_named(site).axes[1:])
