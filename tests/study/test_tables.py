@@ -9,6 +9,7 @@ from scipy.stats import pearsonr
 from sklearn.metrics import roc_auc_score
 
 from interp_vlm.data.digits import digit_pairs, digit_scenes
+from interp_vlm.study.masking import MAIN
 from interp_vlm.study.tables import COLUMNS, where
 from tests.study.conftest import SMALL
 
@@ -90,7 +91,7 @@ def test_signals(table, examples):
 
 
 def test_masking(table, examples):
-    rows, found = examples("masking"), table("masking")
+    rows, found = where(examples("masking"), **MAIN), where(table("masking"), **MAIN)
     for _, line in found.iterrows():
         part = rows[rows["model"] == line["model"]]
         part = part if line["kind"] == "all" else part[part["kind"] == line["kind"]]
@@ -118,7 +119,7 @@ def test_masking(table, examples):
 def test_masking_finds_what_the_answers_rest_on(table):
     """The controls: attended patches cost much more than random ones, the least attended next to nothing."""
     for model in MODELS:
-        rows = where(table("masking"), model=model, kind="all", quantity="change of accuracy")
+        rows = where(table("masking"), model=model, kind="all", quantity="change of accuracy", **MAIN)
         costs = rows.set_index("mask")["value"]
         assert costs["top"] < costs["random"] - 10 < costs["bottom"]
         assert costs["bottom"] > -10
