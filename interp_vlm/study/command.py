@@ -38,14 +38,21 @@ def study(
     device: Annotated[
         str | None, typer.Option(help="Where the models go: cuda, auto, ...", show_default="the CPU")
     ] = None,
+    claims: Annotated[
+        str,
+        typer.Option(
+            help="all, none, or ids and TOML files of your own: A1,A9,mine.toml. "
+            "Ids run only the experiments that they need; none runs all and judges nothing."
+        ),
+    ] = "all",
     workers: Annotated[
         int | None, typer.Option(help="Processes.", show_default="one a core for the embedded models, else 1")
     ] = None,
 ) -> None:
-    """Study what the answers of one or more models rest on, and write a report.
+    """Study what the answers of one or more models rest on, judge published claims about it, and write a report.
 
-    Five experiments on held-out examples: accuracy, attention's shape and correctness, masking of attended patches,
-    attention knockout, activation patching. Ends with the path of the report.
+    Every experiment works on held-out examples. Each claim gets a verdict: supported, contradicted, underpowered (with
+    the n that it would need) or not applicable. Ends with the path of the report.
 
     Example: interp-vlm study --model testbed:llava --limit 60 --out runs/first
     """
@@ -61,6 +68,7 @@ def study(
     settings = Settings(
         models=tuple(model or EMBEDDED), data=data, limit=limit, seed=seed, batch_size=batch_size,
         on_error="skip" if skip_broken else "raise", device=device,
+        claims=tuple(name.strip() for name in claims.split(",")),
     )  # fmt: skip
     folder = free_folder(Path("runs")) if out is None else out
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from interp_vlm.study.claim import fingerprint, load_claims
 from interp_vlm.study.folder import RunFolder, write_bytes, write_frame
 from interp_vlm.study.settings import Settings, short_names
 from interp_vlm.study.work import Crew, Task, describe, joined, measure, summarise
@@ -18,6 +19,7 @@ from interp_vlm.study.work import Crew, Task, describe, joined, measure, summari
 if TYPE_CHECKING:
     import pandas as pd
 
+    from interp_vlm.study.claim import Claim
     from interp_vlm.study.experiment import Experiment
     from interp_vlm.study.material import Material, Shard
 
@@ -45,9 +47,10 @@ def run_study(
         The path of the report.
 
     Raises:
-        StudyError: the folder holds something else, or was started differently.
+        StudyError: the folder holds something else, or was started differently; a claim that cannot be read.
         ModelError, DataError: a model or data that cannot be read; nothing has been written then.
     """
+    claims = load_claims(settings.claims)
     folder, console = RunFolder(out), console or Console(stderr=True)
     with folder.opened(settings, resume), Crew(settings, workers or default_workers(settings)) as crew:
         from interp_vlm.study.material import load_material
@@ -55,11 +58,14 @@ def run_study(
         material = load_material(settings)
         with console.status("loading the models"):
             facts = _describe(crew, settings, material)
-        folder.begin(settings, {"examples": material.fingerprint, **{m: f["weights"] for m, f in facts.items()}})
+        same = {"examples": material.fingerprint, "claims": fingerprint(claims)}
+        folder.begin(settings, {**same, **{model: known["weights"] for model, known in facts.items()}})
         plan = _plan(folder, settings, material)
         _measure(crew, plan, console)
         with console.status("tables and report"):
             tables = _tables(crew, plan, folder, settings)
+            if claims:
+                tables["claims"] = _verdicts(claims, tables, facts, folder, settings)
             from interp_vlm.study.report import write_report
 
             return write_report(folder, settings, material, facts, tables)
@@ -104,7 +110,7 @@ def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Pl
 
     names, plan = short_names(settings.models), []
     for model in settings.models:
-        for experiment in EXPERIMENTS.values():
+        for experiment in (EXPERIMENTS[name] for name in settings.experiments):
             aside = {name: getattr(material, name) for name in experiment.needs}
             if not all(aside.values()):
                 continue
@@ -147,9 +153,29 @@ def _tables(crew: Crew, plan: Sequence[_Planned], folder: RunFolder, settings: S
         write_frame(folder.path / "examples" / f"{experiment}.parquet", pd.concat(rows, ignore_index=True))
         each = [_named(found[f"{experiment}/{names[planned.model]}"], names[planned.model]) for planned in own]
         table = tables[experiment] = pd.concat(each, ignore_index=True)
-        write_frame(folder.path / "tables" / f"{experiment}.parquet", table)
-        write_bytes(folder.path / "tables" / f"{experiment}.csv", table.to_csv(index=False).encode())
+        _write_table(folder, experiment, table)
     return tables
+
+
+def _verdicts(
+    claims: Sequence[Claim],
+    tables: Mapping[str, pd.DataFrame],
+    facts: Mapping[str, Mapping[str, Any]],
+    folder: RunFolder,
+    settings: Settings,
+) -> pd.DataFrame:
+    """The table of claims, written and returned."""
+    from interp_vlm.study.verdict import judge_claims
+
+    names = short_names(settings.models)
+    table = judge_claims(claims, tables, {names[model]: known for model, known in facts.items()})
+    _write_table(folder, "claims", table)
+    return table
+
+
+def _write_table(folder: RunFolder, name: str, table: pd.DataFrame) -> None:
+    write_frame(folder.path / "tables" / f"{name}.parquet", table)
+    write_bytes(folder.path / "tables" / f"{name}.csv", table.to_csv(index=False).encode())
 
 
 def _named(frame: pd.DataFrame, model: str) -> pd.DataFrame:

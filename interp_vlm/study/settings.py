@@ -32,6 +32,10 @@ class Settings:
         window: width of the knockout's windows in layers; by default 9/32 of the depth.
         on_error: "raise" an error for pictures that cannot be read, or "skip" and count them.
         device: where Hugging Face puts the model (its `device_map`); by default the CPU.
+        claims: "all", "none", or ids and paths as `load_claims` takes them; ids run only the experiments they need.
+        samples: answers sampled for self-consistency.
+        temperature: of the sampling.
+        top_p: share of probability that is sampled from.
 
     Example:
         >>> Settings(models=("testbed:llava",)).n
@@ -49,6 +53,10 @@ class Settings:
     window: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     device: str | None = None
+    claims: tuple[str, ...] = ("all",)
+    samples: int = 10
+    temperature: float = 0.7
+    top_p: float = 0.9
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -56,13 +64,31 @@ class Settings:
         doubled = sorted({name for name in self.models if self.models.count(name) > 1})
         if doubled:
             raise StudyError(f"model {doubled[0]!r} is named twice", expected="each once")
-        at_least = {"batch_size": 1, "shard_size": 1, "draws": 1, "seed": 0}
+        at_least = {"batch_size": 1, "shard_size": 1, "draws": 1, "seed": 0, "samples": 2}
         at_least |= {name: 1 for name in ("limit", "window") if getattr(self, name) is not None}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise StudyError(f"{name} is {getattr(self, name)}", expected=f"a whole number from {least}")
         if not 0 < self.fraction < 1:
             raise StudyError(f"fraction is {self.fraction}", expected="a share between 0 and 1")
+        if not 0 < self.temperature < float("inf"):
+            raise StudyError(f"temperature is {self.temperature}", expected="a number above 0")
+        if not 0 < self.top_p <= 1:
+            raise StudyError(f"top_p is {self.top_p}", expected="a share above 0, 1 at most")
+        if not self.claims or (len(self.claims) > 1 and {"all", "none"} & set(self.claims)):
+            named = ",".join(self.claims)
+            raise StudyError(f"claims are {named!r}", expected='"all", "none", or ids and .toml files, as in A1,A9')
+
+    @property
+    def experiments(self) -> tuple[str, ...]:
+        """The experiments to run: all of them, or those that the named claims need, and accuracy with them."""
+        from interp_vlm.study.claim import load_claims
+        from interp_vlm.study.experiments import EXPERIMENTS
+
+        if self.claims in (("all",), ("none",)):
+            return tuple(EXPERIMENTS)
+        wanted = {"accuracy"}.union(*(claim.tables for claim in load_claims(self.claims)))
+        return tuple(name for name in EXPERIMENTS if name in wanted)
 
     @property
     def small(self) -> bool:
@@ -91,7 +117,8 @@ class Settings:
         """
         try:
             saved: dict[str, Any] = json.loads(text)
-            return cls(**{**saved, "models": tuple(saved["models"])})
+            lists = {name: tuple(saved[name]) for name in ("models", "claims") if name in saved}
+            return cls(**{**saved, **lists, "models": tuple(saved["models"])})
         except (ValueError, TypeError, KeyError) as error:
             raise StudyError(
                 f"settings.json cannot be read ({error})",

@@ -157,6 +157,8 @@ def describe(model: str, example: Example) -> dict[str, Any]:
         digest.update(name.encode() + sample.tobytes())
     return {
         "architecture": anatomy.architecture,
+        "family": anatomy.family,
+        "fusion": anatomy.fusion,
         "layers": anatomy.n_layers,
         "heads": anatomy.n_heads,
         "key_value_heads": anatomy.n_kv_heads,
