@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
-__all__ = ["BEYOND", "NEURONS", "SIZES", "Edit", "edits", "verdict"]
+__all__ = ["BEYOND", "HEADLINE", "NEURONS", "SIZES", "Edit", "edits", "verdict"]
 
 SIZES = ("1", "5", "10", "25 %", "50 %", "90 %")
+HEADLINE = ("5", "50 %")
+"""The sizes at which families are compared."""
 RANDOM = ("random", "random of equal norm")
 BEYOND = {"random": "change beyond random", "random of equal norm": "change beyond random of equal norm"}
 """The quantity that sets the probe's neurons against random ones."""
-MEETS = 2  # random sets that a question meets, of all that are drawn: each set is tried on its share of the questions
 EVERYWHERE = "peak, all positions"
 LEVEL = 0.05
 _OWN = ("condition", "kind", "set", "size", "fill", "layer", "draw", "at")
@@ -83,12 +84,12 @@ def edits(peak: int, depth: int, n_layers: int) -> dict[Edit, list[str]]:
             plan.setdefault(Edit(name, size, fill, layer, probe, positions), []).append(at)
 
     add("peak", peak, peak, ["top"], SIZES, ["mean", "zero"])
-    add("peak", peak, peak, ["top"], ["5", "50 %"], ["resample"])
+    add("peak", peak, peak, ["top"], ["5", "10", "50 %"], ["resample"])
     add("peak", peak, peak, ["top"], ["1", "5"], ["clamp"])
     add("peak", peak, peak, RANDOM, ["5", "50 %"], ["mean", "zero"])
     add("peak", peak, peak, RANDOM, ["25 %", "90 %"], ["mean"])
     add("peak", peak, peak, ["random"], ["5", "50 %"], ["resample"])
-    add("depth", depth, depth, ["top", *RANDOM], ["5", "50 %"], ["mean"])
+    add("depth", depth, depth, ["top", *RANDOM], HEADLINE, ["mean"])
     for layer in range(n_layers):
         add("each", layer, peak, ["top"], ["5"], ["mean", "zero"])
     add(EVERYWHERE, peak, peak, ["top"], ["5", "50 %"], ["mean"])
@@ -96,7 +97,7 @@ def edits(peak: int, depth: int, n_layers: int) -> dict[Edit, list[str]]:
 
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
-    """One row per question, ablation and what it answers; random sets give a row for each set that a question meets."""
+    """One row per question, ablation and what it answers; of the random sets each question meets one."""
     found, rows = chosen(bench), []
     bank = None if found.reason else _Bank(found, bench.settings)
     for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
@@ -108,9 +109,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             continue
         cache = bench.vlm.capture(batch, SITE, positions="last")
         for edit, answers in edits(found.peak, found.depth, bench.vlm.anatomy.n_layers).items():
-            for ablation, facts in bank.ablations(edit, cache, examples):
-                own = [{**fact, "at": at} for at in answers for fact in facts]
-                rows += _answered(bench.vlm, batch, judge, known, [ablation], own)
+            ablation, facts = bank.ablation(edit, cache, examples)
+            own = [{**fact, "at": at} for at in answers for fact in facts]
+            rows += _answered(bench.vlm, batch, judge, known, [ablation], own)
     return pd.DataFrame(rows)
 
 
@@ -140,7 +141,7 @@ def _answered(
 class _Bank:
     """The sets and fills of one model, and how they become interventions.
 
-    What is edited at the last position alone differs from example to example (each meets other random sets and another
+    What is edited at the last position alone differs from example to example (each meets another random set and another
     donor), so it is put together here and written by one patch.
     """
 
@@ -148,28 +149,22 @@ class _Bank:
         self._found, self._settings = found, settings
         self._sets: dict[tuple[str, int, int], Bool[np.ndarray, "draw unit"]] = {}
 
-    def ablations(
+    def ablation(
         self, edit: Edit, cache: Cache, examples: Sequence[Example]
-    ) -> Iterator[tuple[Intervention, list[dict[str, Any]]]]:
-        """The runs that an edit takes, each with what to write beside each example."""
+    ) -> tuple[Intervention, list[dict[str, Any]]]:
+        """The intervention, and what to write beside each example."""
         found, sets = self._found, self._masks(edit)
         norms = found.norm[edit.layer]
         share = (sets @ norms) / norms[self._masks(replace(edit, set="top"))[0]].sum()
-        for meeting in range(min(MEETS, len(sets))):
-            draws = [(self._chance(example)[0] + meeting) % len(sets) for example in examples]
-            facts = [
-                {
-                    **{name: getattr(edit, name) for name in ("set", "size", "fill", "layer", "probe")},
-                    "draw": str(draw) if edit.set in RANDOM else "",
-                    "units": int(sets[draw].sum()),
-                    "norm": float(share[draw]),
-                    **self._evidence(edit.layer),
-                }
-                for draw in draws
-            ]
-            yield self._ablation(edit, cache, examples, torch.from_numpy(sets[draws])), facts
+        draws = [self._chance(example)[0] % len(sets) for example in examples]
+        common = {name: getattr(edit, name) for name in ("set", "size", "fill", "layer", "probe")}
+        common |= {"units": int(sets[0].sum()), **self._evidence(edit.layer)}
+        facts = [
+            {**common, "draw": str(draw) if edit.set in RANDOM else "", "norm": float(share[draw])} for draw in draws
+        ]
+        return self._made(edit, cache, examples, torch.from_numpy(sets[draws])), facts
 
-    def _ablation(
+    def _made(
         self, edit: Edit, cache: Cache, examples: Sequence[Example], mask: Bool[Tensor, "example unit"]
     ) -> Intervention:
         if edit.positions == "all":
@@ -189,7 +184,7 @@ class _Bank:
         return known[edit.fill][edit.layer][None]
 
     def _chance(self, example: Example) -> tuple[int, int]:
-        """The first random set that an example meets, and its donor: by its id, so that no cut of the data matters."""
+        """The random set that an example meets, and its donor: by its id, so that no cut of the data matters."""
         rng = np.random.default_rng([self._settings.seed, zlib.crc32(example.id.encode())])
         return int(rng.integers(self._settings.draws)), int(rng.integers(self._found.examples))
 
@@ -227,8 +222,8 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     table: list[dict[str, Any]] = []
     done = rows[rows["set"] != "none"]
     for key, part in done.groupby(["set", "size", "fill", "layer", "at"], sort=False):
-        each = part.groupby("example", sort=False)[["correct", "flipped"]].mean().loc[clean.index]
-        right[key] = each["correct"]
+        each = part.set_index("example")[["correct", "flipped"]].loc[clean.index]
+        right[key] = each["correct"].astype(float)
         facts = {**common, **dict(zip(("set", "size", "fill", "layer", "at"), key, strict=True))}
         table += change_rows(each["correct"], clean["correct"], each["flipped"], groups, seed, facts)
         if key[0] in RANDOM:
@@ -246,9 +241,8 @@ def _beyond(
     top: pd.Series, other: pd.Series, clean: pd.DataFrame, against: str, quantity: str, facts: dict[str, Any], seed: int
 ) -> dict[str, Any]:
     words = {"random": "random sets of equal size", "random of equal norm": "random sets of equal size and norm"}
-    baseline = 100 * float((other - clean["correct"]).mean())
-    test = paired_test(top.astype(float), other.astype(float), clean["group"], seed=seed)
-    test = unchanged(test, (top.astype(float) - other.astype(float)).to_numpy())
+    baseline = 100 * float((other - clean["correct"].astype(float)).mean())
+    test = unchanged(paired_test(top, other, clean["group"], seed=seed), (top - other).to_numpy())
     return row(test, quantity, "points", scale=100, **facts, baseline=baseline, compared=words[against])
 
 
@@ -311,7 +305,7 @@ NEURONS = Experiment(
     lambda material: material.interventions,
     measure,
     summarise,
-    passes=64,
+    passes=47,
     absent="it needs pictures that are set aside to choose neurons on, and the data hold too few",
     needs=("fitting",),
 )
