@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_vlm.engine.full import Program, answer_rows, forward
+from interp_vlm.errors import InterventionError
 from interp_vlm.readouts.answers import Answer, prompt_ends, read_answers
 from interp_vlm.readouts.scores import full_precision, refuse_nan
 from interp_vlm.readouts.spelling import answer_vocabulary
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
-__all__ = ["Pass", "one_pass", "width"]
+__all__ = ["Pass", "one_pass", "refuse_elsewhere", "width"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +54,16 @@ def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: 
         site: a site of the decoder.
         layers: its layers.
         choices: closed answers, as for `vlm.run`.
+
+    Raises:
+        InterventionError: a site that has no value at the answer position.
     """
+    refuse_elsewhere(site)
     engine, last = vlm._engine, batch.last
-    program = Program(captures={site: list(layers)}, keep=lambda _, value: answer_rows(value, last))
+    program = Program(captures={site: list(layers)}, keep=lambda _, value: answer_rows(value.flatten(2), last))
     recording = forward(engine.root, engine.access, batch.inputs, program)
     assert recording.logits is not None
-    hidden = torch.stack([recording.values[site, layer].flatten(1) for layer in layers], dim=1)
+    hidden = torch.stack([recording.values[site, layer] for layer in layers], dim=1)
     logits = answer_rows(recording.logits, last)
     if choices is not None:
         return Pass(hidden, tuple(read_answers(logits, vlm.tokenizer, prompt_ends(batch, vlm.tokenizer), choices)))
@@ -67,6 +72,16 @@ def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: 
     text = answer_vocabulary(vlm.tokenizer).text
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return Pass(hidden, tuple(Answer(text(token), token=token, logprob=logprob) for token, logprob in pairs))
+
+
+def refuse_elsewhere(site: str) -> None:
+    """Raise an InterventionError for a site that has no value at the answer position."""
+    row = site_named(site)
+    if row.part != "decoder" or row.axes[0] != "pos":
+        raise InterventionError(
+            f"site {site!r} has no value at the answer position",
+            expected="a site of the decoder's activations, such as 'resid_post'",
+        )
 
 
 def width(vlm: VLM, site: str) -> int:
