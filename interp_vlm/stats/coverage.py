@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ def risk_coverage(
     correct: ArrayLike,
     groups: Groups = None,
     *,
-    coverages: Sequence[float] = COVERAGES,
+    coverages: ArrayLike = COVERAGES,
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -106,7 +105,7 @@ def risk_coverage(
     scores = as_column(score, "score")
     right = as_classes(correct, "correct", len(scores))
     codes, count = as_groups(groups, len(scores))
-    shares = [float(share) for share in coverages]
+    shares = as_column(coverages, "coverages").tolist()
     if wrong := [share for share in shares if not 0.0 < share <= 1.0]:
         raise DataError(f"a coverage is {wrong[0]:g}", expected="shares of the answers, more than 0 and at most 1")
     statistic = _statistic(scores, right, codes, np.array([*shares, 1.0]))

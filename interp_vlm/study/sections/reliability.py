@@ -129,8 +129,10 @@ def _about_attention(auroc: pd.DataFrame, within: pd.DataFrame) -> str:
     if not len(rows):
         return ""
     found = sum(excludes(row, 0.5) for _, row in rows.iterrows())
+    differ = "differs" if found == 1 else "differ"
     sizes = f"{rows['signal'].nunique()} measures, {counted(rows['model'].nunique(), 'model')}"
-    sentence = f"Of {len(rows)} AUROCs of attention's shape ({sizes}), {found} {'differs' if found == 1 else 'differ'} from chance, the farthest at {_farthest(rows)}"
+    sentence = f"Of {len(rows)} AUROCs of attention's shape ({sizes}), {found} {differ} from chance"
+    sentence += f", the farthest at {_farthest(rows)}"
     inside = within[within["signal"].isin(_ATTENTION) & within["low"].notna()]
     if len(inside):
         far = sum(excludes(row, 0.5) for _, row in inside.iterrows())
