@@ -82,9 +82,9 @@ WORDS = {
         "set": {"top", "random", "random of equal norm", "single"},
         "size": {"1", "5", "10", "25 %", "50 %", "90 %"},
         "fill": {"zero", "mean", "resample", "clamp"},
-        "at": {"peak", "each"},
+        "at": {"peak", "each", "depth", "peak, all positions"},
         "draw": {""},
-        "quantity": {"change of accuracy", "change beyond random"},
+        "quantity": {"change of accuracy", "change beyond random", "change beyond random of equal norm"},
     },
     "bypass": {
         "kind": {"all"},
