@@ -19,7 +19,7 @@ from interp_vlm.readouts.scores import full_precision
 from interp_vlm.readouts.spelling import prompt_ends, spellings
 from interp_vlm.stats import Estimate, difference, ratio_of_means
 from interp_vlm.stats.inputs import as_groups
-from interp_vlm.stats.resampling import RESAMPLES, Statistic, divide, draws, estimate, estimates
+from interp_vlm.stats.resampling import RESAMPLES, divide, draws, estimates
 from interp_vlm.study.encoding import batches, identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.settings import Settings
@@ -125,8 +125,10 @@ def _updates(vlm: VLM, batch: Batch) -> list[list[list[float]]]:
     widest = max(len(tokens.image) for tokens in batch.tokens)
     size = max(1, _BYTES // (len(sites) * anatomy.n_layers * widest * anatomy.d_model * vlm.dtype.itemsize))
     found = []
-    for start in range(0, len(batch), size):
-        cache = vlm.capture(batch[start : start + size], sites, positions="image")
+    # A batch that fits stays whole: its clean run is known.
+    parts = [batch] if size >= len(batch) else (batch[start : start + size] for start in range(0, len(batch), size))
+    for part in parts:
+        cache = vlm.capture(part, sites, positions="image")
         layers = []
         for before, after in zip(*(cache[site].unbind(1) for site in sites), strict=True):
             before = full_precision(before)
@@ -185,17 +187,18 @@ class _Curve:
     def __call__(self, drawn: Float[np.ndarray, "resample group"]) -> Float[np.ndarray, "resample layer"]:
         return divide(drawn @ self._sums, (drawn @ self._sizes)[:, None])
 
+    @property
+    def largest(self) -> int:
+        """Index of the layer with the largest mean."""
+        return int(np.argmax(self(np.ones((1, self.count)))[0]))
+
     def by_layer(self) -> Iterator[tuple[int, Estimate]]:
         """The mean of each layer."""
         return iter(zip(self.layers, estimates(self, *self._how()), strict=True))
 
-    def summary(self, statistic: Statistic) -> Estimate:
-        """A number made from the whole curve, with the interval of curves of resampled pictures."""
-        return estimate(lambda drawn: statistic(self(drawn)), *self._how())
-
     def peak(self) -> Estimate:
         """The layer of the largest mean; its interval holds the middle 95 % of the peaks of resampled curves."""
-        value = self.layers[int(np.argmax(self.values.mean(axis=0)))]
+        value = self.layers[self.largest]
         method = "bootstrap over groups (percentile of layers)"
         found = Estimate(value, math.nan, math.nan, len(self.values), self.count, _LEVEL, method, self.seed)
         if self.count == 1:
@@ -214,10 +217,11 @@ def _peak(scored: pd.DataFrame, facts: Mapping[str, Any], seed: int) -> Iterator
     curve = _Curve(scored, "margin", seed)
     total = {**facts, "part": "total"}
     lead = {"baseline": 0.0, "compared": "the best wrong answer"}
-    for layer, found in curve.by_layer():
+    means = [found for _, found in curve.by_layer()]
+    for layer, found in zip(curve.layers, means, strict=True):
         yield row(found, "truth margin", "logits", layer=layer, **total, **lead)
-    largest, place = curve.summary(lambda curves: curves.max(axis=1)), curve.peak()
-    yield row(largest, "peak truth margin", "logits", layer=-1, **total, **lead)
+    largest, place = means[curve.largest], curve.peak()
+    yield _noted(row(largest, "peak truth margin", "logits", layer=-1, **total, **lead), "the interval of that layer")
     deepest = max(curve.layers[-1], 1)  # of a single layer, which is at depth 0
     end = {"layer": -1, "compared": "the last layer", **total}
     yield row(place, "peak layer", "", baseline=float(curve.layers[-1]), **end)
@@ -256,16 +260,15 @@ def _changes(part: pd.DataFrame, facts: Mapping[str, Any], seed: int) -> Iterato
     middle, last = middle_layers(n_layers), last_layers(n_layers)
     if not middle:
         return
-    top, bottom = (curve.values[:, layers].mean(axis=1) for layers in (last, middle))
-    jump, flat = ratio_of_means(top, bottom, curve.groups, seed=seed), curve.summary(_flatness(middle))
+    groups, values = curve.groups, curve.values
+    jump = ratio_of_means(values[:, last].mean(axis=1), values[:, middle].mean(axis=1), groups, seed=seed)
+    most, least = (middle[int(end(values[:, middle].mean(axis=0)))] for end in (np.argmax, np.argmin))
+    flat = ratio_of_means(values[:, most], values[:, least], groups, seed=seed)
     words = f"middle: layers {middle[0]} to {middle[-1]}, last: {last[0]} to {last[-1]} of 0 to {n_layers - 1}"
     same = {"layer": -1, "baseline": 1.0, **facts}
     yield _noted(row(jump, "last layers against the middle", "", compared="the middle", **same), words)
-    yield _noted(row(flat, "flatness of the middle", "", compared="a middle without slope", **same), words)
-
-
-def _flatness(middle: Sequence[int]) -> Statistic:
-    return lambda curves: divide(curves[:, list(middle)].max(axis=1), curves[:, list(middle)].min(axis=1))
+    those = f"layer {most} over layer {least}; {words}"
+    yield _noted(row(flat, "flatness of the middle", "", compared="a middle without slope", **same), those)
 
 
 MARGIN = Experiment("margin", lambda material: material.interventions, measure, summarise, passes=4)
