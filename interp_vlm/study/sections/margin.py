@@ -21,8 +21,9 @@ _METHOD = """The truth margin is the logit of the right answer minus that of the
 answer together, read at the last prompt token. After each layer the residual stream is read as if that layer were the
 last: final norm, then output head (logit lens). The margin of the last layer is a sum over what attention and MLP
 layers add, at the scale of the final norm and before a soft-cap (direct logit attribution; the sum is checked). The
-peak is the largest of the layers' means, with the interval of that layer. Updates: the length of what a layer adds to the image tokens, mean over tokens, and that as a share
-of the length before it. Middle and last layers: arXiv 2605.08200."""
+peak is the largest of the layers' means, with the interval of that layer. Updates: the length of what a layer adds to
+the image tokens, mean over tokens, and that as a share of the length before it. Middle and last layers:
+arXiv 2605.08200."""
 _MARGIN = """Mean margin of the right answer over the best wrong one after each layer, with 95 % intervals; above 0 the
 right answer leads."""
 _PARTS = """What the attention and the MLP of each layer add to the margin of the last layer, with 95 % intervals."""
