@@ -307,7 +307,8 @@ def _told(finding: _Finding) -> str:
     """A part with its numbers and verdict."""
     value, low, high = (finding.numbers[name] for name in ("value", "low", "high"))
     shown = "" if math.isnan(value) else f" {value:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
-    return f"{finding.part.name}:{shown} {finding.verdict}"
+    region = region_text(finding.part.region, finding.part.unit)
+    return f"{finding.part.name}:{shown}, true where {region}: {finding.verdict}"
 
 
 def _ceiling(number: float) -> Any:

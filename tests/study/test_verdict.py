@@ -210,7 +210,7 @@ def test_all_parts_must_hold(second, verdict, decides):
     parts = (replace(PART, name="a"), replace(PART, name="b", pick={**PART.pick, "kind": "digit"}))
     found = _judged(_claim(*parts), _line(-20.0, -21.0, -19.0), _line(*second, kind="digit", note="none"))
     assert (found["verdict"], found["part"]) == (verdict, decides)
-    assert found["parts"].startswith("a: -20 [-21, -19] supported; b:")
+    assert found["parts"].startswith("a: -20 [-21, -19], true where at most -2 points: supported; b:")
     assert found["parts"].endswith(verdict)
 
 

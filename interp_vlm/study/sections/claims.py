@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -116,7 +116,8 @@ def _line(rows: pd.DataFrame, lead: str, models: Sequence[str]) -> Line:
 def _alternatives(table: pd.DataFrame, models: Sequence[str]) -> Iterator[Line]:
     for (_, parameter, setting), rows in table.groupby(["id", "parameter", "setting"], sort=False):
         if parameter:
-            yield _line(rows, f"{parameter}: {setting}", models)
+            # The note is the claim's, and stands there.
+            yield replace(_line(rows, f"{parameter}: {setting}", models), note="")
 
 
 def _cell(row: pd.Series) -> Cell:
@@ -138,7 +139,8 @@ def _effect(row: pd.Series) -> str:
 
 def _detail(row: pd.Series) -> str:
     needed = "" if pd.isna(row["n_needed"]) else f"would need n{GLUE}={GLUE}{row['n_needed']:,}"
-    return "; ".join(filter(None, (needed, str(row["reason"]))))
+    parts = f"parts: {_minus(str(row['parts']))}" if row["parts"] else ""
+    return "; ".join(filter(None, (needed, str(row["reason"]), parts)))
 
 
 def _minus(words: str) -> str:
