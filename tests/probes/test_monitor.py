@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import interp_vlm as iv
 from interp_vlm.errors import DataError, InterventionError, ModelError
-from interp_vlm.probes import monitor_files
+from interp_vlm.probes import monitor_files, scoring
 from interp_vlm.probes.monitor_fit import platt
 from interp_vlm.probes.scoring import one_pass, width
 
@@ -96,6 +97,10 @@ def test_one_pass_gives_what_separate_runs_give(name, asked):
     assert [answer.token for answer in found.answers] == [answer.token for answer in run.answers]
     assert found.confidence == pytest.approx([np.exp(answer.logprob) for answer in run.answers], abs=1e-5)
     torch.testing.assert_close(found.hidden, cache["resid_post"][:, :, 0])
+    values, logits = scoring._traced(model, batch, "resid_post", (0, 3))  # the slow way, through nnsight
+    torch.testing.assert_close(found.hidden, torch.stack([values[0], values[3]], dim=1))
+    torch.testing.assert_close(logits, run.logits)
+    assert not any(module._forward_hooks for module in model.model.model.language_model.layers)
     closed = one_pass(model, batch, "resid_post", (0,), choices=("yes", "no"))
     assert list(map(str, closed.answers)) == list(map(str, model.run(batch, choices=("yes", "no")).answers))
     assert one_pass(model, batch, "z", (1,)).hidden.shape[2] == width(model, "z")
@@ -116,6 +121,27 @@ def test_scoring_is_one_forward_pass(monitor, vlm, asked):
     assert found[0].score == pytest.approx(float(monitor.probability(hidden)[0]), abs=1e-9)
     assert str(found[0].answer) == str(vlm.run(batch).answers[0])
     assert found[0].reliable is (found[0].score >= monitor.threshold.value)
+
+
+def test_the_model_may_be_used_by_another_thread_and_not_within_a_trace(monitor, vlm, asked):
+    examples = asked[0][:2]
+    mine, other = (vlm.encode(example.image, example.question) for example in examples)
+    expected = monitor.run(vlm, mine)[0].score
+
+    class Beside(torch.nn.Module):
+        """Runs the same model on another question, in another thread, in the middle of the pass."""
+
+        def __call__(self, module, arguments, output):
+            self.handle.remove()
+            thread = threading.Thread(target=lambda: vlm.model(**other.inputs))
+            thread.start()
+            thread.join()
+
+    beside = Beside()
+    beside.handle = vlm.model.model.language_model.layers[monitor.layer].register_forward_hook(beside)
+    assert monitor.run(vlm, mine)[0].score == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(InterventionError, match="inside a trace"), vlm.trace(mine):
+        monitor.run(vlm, mine)
 
 
 def test_a_batch_gives_what_its_examples_give_alone(monitor, vlm, asked):
