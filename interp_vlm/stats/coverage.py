@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,7 @@ def risk_coverage(
     correct: ArrayLike,
     groups: Groups = None,
     *,
-    coverages: ArrayLike = COVERAGES,
+    coverages: Sequence[float] = COVERAGES,
     level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -105,7 +106,7 @@ def risk_coverage(
     scores = as_column(score, "score")
     right = as_classes(correct, "correct", len(scores))
     codes, count = as_groups(groups, len(scores))
-    shares = as_column(coverages, "coverages").tolist()
+    shares = [float(share) for share in coverages]
     if wrong := [share for share in shares if not 0.0 < share <= 1.0]:
         raise DataError(f"a coverage is {wrong[0]:g}", expected="shares of the answers, more than 0 and at most 1")
     statistic = _statistic(scores, right, codes, np.array([*shares, 1.0]))

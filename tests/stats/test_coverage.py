@@ -55,7 +55,7 @@ def test_drawing_groups_equals_copying_their_rows():
     fast = _statistic(score, correct, codes, shares)(drawn)
     for counts, row in zip(drawn, fast, strict=True):
         rows = np.repeat(np.arange(48), counts[codes].astype(int))
-        slow = stats.risk_coverage(score[rows], correct[rows], coverages=shares, resamples=1000)
+        slow = stats.risk_coverage(score[rows], correct[rows], coverages=shares.tolist(), resamples=1000)
         assert row == pytest.approx([*(e.value for e in slow.risk), slow.area.value])
 
 

@@ -245,7 +245,7 @@ def _by_layer(whole: pd.DataFrame, models: Sequence[str]) -> Iterator[Panel]:
 def _withheld(whole: pd.DataFrame, models: Sequence[str]) -> Iterator[Panel]:
     """Error rates when only the surest answers are given."""
     risk = whole[whole["quantity"] == "risk"]
-    top = float(risk["high"].fillna(risk["value"]).max()) if len(risk) else 0.0
+    top = float(risk["high"].fillna(risk["value"]).max()) or 1.0
     for model in models:
         rows = risk[risk["model"] == model]
         if not len(rows):
