@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -97,12 +97,12 @@ def _lines(tables: Mapping[str, pd.DataFrame]) -> dict[str, Callable[[str], str]
     """What each line of the comparison says, and its cell for a model."""
     from interp_vlm.study.changes import CHANGE, SMALLEST
     from interp_vlm.study.neurons import BEYOND, HEADLINE, verdict
-    from interp_vlm.study.sections.words import one, span, text
+    from interp_vlm.study.sections.words import one, span
 
-    def number(name: str, digits: int = 1, **wanted: object) -> Callable[[str], str]:
+    def number(name: str, wanted: Mapping[str, Any]) -> Callable[[str], str]:
         def cell(model: str) -> str:
             row = one(tables[name], model=model, **wanted) if name in tables else None
-            return "–" if row is None else span(row, digits) if digits else text(row["value"])
+            return "–" if row is None else span(row)
 
         return cell
 
@@ -116,15 +116,16 @@ def _lines(tables: Mapping[str, pd.DataFrame]) -> dict[str, Callable[[str], str]
     norm = "random of equal norm"
     accuracy = tables.get("accuracy")
     first = "" if accuracy is None else accuracy["condition"].iloc[0]
-    lines = {"accuracy (%)": number("accuracy", quantity="accuracy", kind="all", category="", condition=first)}
+    whole = {"quantity": "accuracy", "kind": "all", "category": "", "condition": first}
+    lines = {"accuracy (%)": number("accuracy", whole)}
     for size in HEADLINE:
         at = {"size": size, "fill": "mean", "at": "depth"}
         lines |= {
-            f"top {size}": number("neurons", quantity=CHANGE, set="top", **at),
-            f"random {size}, equal norm": number("neurons", quantity=CHANGE, set=norm, **at),
-            f"top beyond random, {size}": number("neurons", quantity=BEYOND[norm], set="top", **at),
+            f"top {size}": number("neurons", {"quantity": CHANGE, "set": "top", **at}),
+            f"random {size}, equal norm": number("neurons", {"quantity": CHANGE, "set": norm, **at}),
+            f"top beyond random, {size}": number("neurons", {"quantity": BEYOND[norm], "set": "top", **at}),
             f"verdict on top {size}": word(size),
-            f"smallest detectable effect, top {size}": number("neurons", 0, quantity=SMALLEST, set="top", **at),
+            f"smallest detectable effect, top {size}": number("neurons", {"quantity": SMALLEST, "set": "top", **at}),
         }
     late = {"quantity": CHANGE, "part": "mlp", "at": "matched"}
-    return lines | {"without the MLP at 25/27 of the depth": number("bypass", **late)}
+    return lines | {"without the MLP at 25/27 of the depth": number("bypass", late)}

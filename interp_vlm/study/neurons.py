@@ -259,10 +259,9 @@ def _probes(done: pd.DataFrame, common: dict[str, Any], seed: int) -> Iterator[d
     for layer, part in where(done, at="each").groupby("layer"):
         first = part.iloc[0]
         method = "L2 probe, cross-validated by picture on the examples set aside; group bootstrap"
-        found = Estimate(
-            first["auroc"], first["auroc_low"], first["auroc_high"], first["fitted"], first["fitted_groups"], 0.95,
-            method, seed,
-        )  # fmt: skip
+        value, low, high = (float(first[name]) for name in ("auroc", "auroc_low", "auroc_high"))
+        n, groups = (int(first[name]) for name in ("fitted", "fitted_groups"))
+        found = Estimate(value, low, high, n, groups, 0.95, method, seed)
         facts = {**common, "set": "all", "size": "", "fill": "", "layer": layer, "at": "fitting"}
         note = f"stability selection is sure of {int(first['stable'])} neurons" if first["stable"] >= 0 else ""
         yield {**row(found, "AUROC of the probe that chooses", "", **facts, baseline=0.5), "note": note}

@@ -58,8 +58,7 @@ def _worst(changes: pd.DataFrame) -> pd.DataFrame:
 
 def _answer(table: pd.DataFrame, models: Sequence[str]) -> str:
     worst = _worst(where(table, quantity=CHANGE, at="each"))
-    costs = each((row for _, row in worst.iterrows()), _cost)
-    first = f"Most is lost without {costs}." if len(worst) else "No single bypass costs accuracy beyond chance."
+    first = _most(worst) if len(worst) else "No single bypass costs accuracy beyond chance."
     late = []
     for part, name in _NAMES.items():
         rows = where(table, quantity=EQUIVALENCE, part=part, at="matched")
@@ -70,8 +69,12 @@ def _answer(table: pd.DataFrame, models: Sequence[str]) -> str:
     return f"{first} {tail}".strip()
 
 
-def _cost(row: pd.Series) -> str:
-    return f"the {_NAMES[row['part']]} of layer {row['layer']}: {text(-row['value'])} points"
+def _most(worst: pd.DataFrame) -> str:
+    said = []
+    for (part, layer), rows in worst.groupby(["part", "layer"], sort=False):
+        points = each((row for _, row in rows.iterrows()), lambda row: text(-row["value"]))
+        said.append(f"the {_NAMES[str(part)]} of layer {layer}, in points: {points}")
+    return f"Most is lost without {'; '.join(said)}."
 
 
 def _summary(changes: pd.DataFrame) -> str:

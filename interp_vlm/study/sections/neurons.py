@@ -53,9 +53,7 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
             ("interval", f"{interval_fact(some)}; where no answer changed, the exact binomial bound"),
             ("compared with", "no ablation, and random neurons of the same number and norm"),
             ("random sets", "as many as the settings say, 20 by default, for each size; each question meets one"),
-            ("layers", listed(_layers(own[model], model) for model in known) or "none"),
-            ("norm", listed(_norms(own[model], model) for model in known) or "not measured"),
-            ("smallest detectable effect", listed(_smallest(own[model], model) for model in known) or "not measured"),
+            *_chosen(own, known),
             ("test", _TEST),
         ),
         method=_METHOD,
@@ -63,6 +61,13 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
         table=_table(table, models),
         summary=_summary(own, known),
     )
+
+
+def _chosen(own: dict[str, pd.DataFrame], known: Sequence[str]) -> Iterator[tuple[str, str]]:
+    facts = {"layers": _layers, "norm": _norms, "smallest detectable effect": _smallest}
+    for name, said in facts.items():
+        if known:
+            yield name, listed(said(own[model], model) for model in known)
 
 
 _TEST = """sign flips of pictures; exact McNemar beside them, which takes questions as independent; two one-sided t
@@ -172,7 +177,7 @@ def curves(table: pd.DataFrame, models: Sequence[str]) -> Panel:
 def _fair(table: pd.DataFrame, models: Sequence[str]) -> Panel:
     rows = where(table, quantity=CHANGE, fill="mean", at="depth")
     rows = rows[rows["set"].isin(["top", "random", _RANDOM])]
-    names = {"top": "probe's", "random": "random", _RANDOM: "random,\nequal norm"}
+    names = {"top": "probe's first", "random": "random", _RANDOM: "random,\nequal norm"}
     labels = [f"{names[kind]} {size}" for size in HEADLINE for kind in names]
     keyed = rows.assign(label=[f"{names[kind]} {size}" for kind, size in zip(rows["set"], rows["size"], strict=True)])
     figure, axes = blank(1.2 + 0.5 * len(labels))
