@@ -130,7 +130,7 @@ def _needed(truth, half, pictures, name):
     part = claim.parts[0]
     own = {key: value if not isinstance(value, list) else value[0] for key, value in part.pick.items()}
     line = {"model": "model", **own, "value": truth, "low": truth - half, "high": truth + half, "level": 0.95}
-    line |= {"n": PER_PICTURE * pictures, "groups": pictures, "unit": "", "baseline": 0.5, "note": ""}
+    line |= {"n": PER_PICTURE * pictures, "groups": pictures, "unit": "", "baseline": 0.5, "method": "", "note": ""}
     found = judge_claims([claim], {part.table: pd.DataFrame([line])}, FACTS).iloc[0]
     assert found["verdict"] == "underpowered"
     assert found["n_needed"] == pytest.approx(PER_PICTURE * found["groups_needed"], abs=PER_PICTURE)

@@ -291,6 +291,14 @@ def test_where_nothing_changed_the_bound_is_the_binomial_one(groups, margin):
         assert binom.pmf(0, needed, margin / 100) <= 0.025 < binom.pmf(0, needed - 1, margin / 100)
 
 
+def test_where_nothing_changed_a_bound_in_the_table_is_taken_as_it_is():
+    reach = 100 * (1 - 0.025 ** (1 / 60))
+    line = _line(0.0, -reach, reach, n=60, groups=10, method="exact binomial bound, questions as trials")
+    found = _judged(_claim(replace(PART, region=(-5.0, 5.0))), line)
+    assert (found["verdict"], found["high"]) == ("underpowered", reach)
+    assert binom.pmf(0, found["n_needed"], 0.05) <= 0.025 < binom.pmf(0, found["n_needed"] - 1, 0.05)
+
+
 def test_nothing_changed_tells_against_a_cost_too():
     line = _line(0.0, NAN, NAN, n=1200, groups=200, note="no variance: every resample gives 0")
     assert _judged(_claim(), line)["verdict"] == "contradicted"

@@ -15,13 +15,14 @@ from interp_vlm.study.verdict import VERDICTS
 __all__ = ["Cell", "ClaimSection", "Line", "section"]
 
 _METHOD = """Each claim is a file that fixes beforehand which number it is about and the region in which it is true.
-Supported: the 95 % interval lies inside that region; contradicted: it lies outside; underpowered: it crosses an edge,
-with the number of questions that would decide it in four of five studies if the estimate were the truth; not
-applicable: the data or the model do not allow it, or the claim speaks of other models. A claim that is false is called
-supported in at most 2.5 % of studies. Claims of no relation or no cost have a region around 0, which makes the rule
-the equivalence test (two one-sided tests). Of several parts all must hold; the numbers are then those of the part that
-decides. What the published text leaves open was run in every way named; those rows have verdicts of their own.
-Verdicts of many claims are not corrected for their number: each stands for itself."""
+Supported: the 95 % interval lies inside that region; contradicted: it lies outside; underpowered: it crosses
+an edge, with the number of questions that would decide it in four of five studies if the estimate were the
+truth; not applicable: the data or the model do not allow it, or the claim speaks of other models. A claim
+that is false is called supported in about one study of forty at most. Claims of no relation or no cost have a
+region around 0, which makes the rule the equivalence test (two one-sided tests). Of several parts all must
+hold; the numbers are then those of the part that decides. What the published text leaves open was run in
+every way named; those rows have verdicts of their own. Verdicts of many claims are not corrected for their
+number: each stands for itself."""
 
 
 @dataclass(frozen=True)
