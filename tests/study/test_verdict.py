@@ -212,6 +212,9 @@ def test_all_parts_must_hold(second, verdict, decides):
     assert (found["verdict"], found["part"]) == (verdict, decides)
     assert found["parts"].startswith("a: -20 [-21, -19], true where at most -2 points: supported; b:")
     assert found["parts"].endswith(verdict)
+    shown = section(pd.DataFrame([found]), ["one"]).lines[0].cells[0]
+    assert len(shown.parts) == 2
+    assert shown.parts[0] == "a: −20 [−21, −19], true where at most −2 points: supported"
 
 
 def test_one_part_that_fails_outweighs_one_that_is_absent():

@@ -34,12 +34,14 @@ class Cell:
         effect: value, interval, unit and n.
         published: the published figure.
         detail: what is needed, or why there is no verdict.
+        parts: where there are several, each with its numbers, region and verdict.
     """
 
     verdict: str = ""
     effect: str = ""
     published: str = ""
     detail: str = ""
+    parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "; ".join(filter(None, (self.verdict, self.effect, self.detail, self.published)))
@@ -123,7 +125,8 @@ def _alternatives(table: pd.DataFrame, models: Sequence[str]) -> Iterator[Line]:
 
 def _cell(row: pd.Series) -> Cell:
     published = f"published: {_minus(str(row['published']))}" if row["published"] else ""
-    return Cell(str(row["verdict"]), _effect(row), published, _detail(row))
+    parts = tuple(_minus(part) for part in str(row["parts"]).split("; ") if part)
+    return Cell(str(row["verdict"]), _effect(row), published, _detail(row), parts)
 
 
 def _effect(row: pd.Series) -> str:
@@ -140,8 +143,7 @@ def _effect(row: pd.Series) -> str:
 
 def _detail(row: pd.Series) -> str:
     needed = "" if pd.isna(row["n_needed"]) else f"would need n{GLUE}={GLUE}{row['n_needed']:,}"
-    parts = f"parts: {_minus(str(row['parts']))}" if row["parts"] else ""
-    return "; ".join(filter(None, (needed, str(row["reason"]), parts)))
+    return "; ".join(filter(None, (needed, str(row["reason"]))))
 
 
 def _minus(words: str) -> str:
