@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import betaincinv
 
-from interp_vlm.stats import Estimate, equivalence, mcnemar, mean, paired_test
-from interp_vlm.stats.classical import smallest_effect, smallest_margin
+from interp_vlm.stats import Estimate, equivalence, mcnemar, mean, paired_test, smallest_effect, smallest_margin
 from interp_vlm.study.tables import corrected, row
 
 __all__ = ["CHANGE", "EQUIVALENCE", "MARGIN", "SMALLEST", "by_quantity", "change_rows", "unchanged"]

@@ -127,7 +127,7 @@ def _report(values: Tensor, right: list[bool], groups: list[str], seed: int) -> 
         try:
             return probe_layers(
                 values, right, groups, position="before_answer", site=SITE, folds=folds, inner_folds=inner,
-                permutations=0, seed=seed,
+                permutations=0, resamples=1000, seed=seed,
             )  # fmt: skip
         except DataError as error:
             reason = f"no probe could be fitted: {error}"

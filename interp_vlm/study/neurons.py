@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
-__all__ = ["BEYOND", "HEADLINE", "NEURONS", "SIZES", "Edit", "edits", "verdict"]
+__all__ = ["BEYOND", "HEADLINE", "NEURONS", "NORM", "SIZES", "Edit", "edits", "verdict"]
 
 SIZES = ("1", "5", "10", "25 %", "50 %", "90 %")
 HEADLINE = ("5", "50 %")
@@ -43,6 +43,7 @@ HEADLINE = ("5", "50 %")
 RANDOM = ("random", "random of equal norm")
 BEYOND = {"random": "change beyond random", "random of equal norm": "change beyond random of equal norm"}
 """The quantity that sets the probe's neurons against random ones."""
+NORM = "norm against the probe's neurons"
 EVERYWHERE = "peak, all positions"
 LEVEL = 0.05
 _OWN = ("condition", "kind", "set", "size", "fill", "layer", "draw", "at")
@@ -252,7 +253,7 @@ def _match(part: pd.DataFrame, groups: pd.Series, facts: dict[str, Any]) -> dict
     note = f"{len(norms)} sets, from {norms.min():.2f} to {norms.max():.2f}"
     method = "summed mean absolute activation on the examples set aside"
     found = Estimate(float(norms.mean()), float("nan"), float("nan"), len(groups), groups.nunique(), 0.95, method)
-    return {**row(found, "norm against the probe's neurons", "", **facts, baseline=1.0), "note": note}
+    return {**row(found, NORM, "", **facts, baseline=1.0), "note": note}
 
 
 def _probes(done: pd.DataFrame, common: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:

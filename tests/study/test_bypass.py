@@ -81,15 +81,6 @@ def test_table(rows, table):
     assert again.to_dict() == pytest.approx(each.to_dict(), nan_ok=True)
 
 
-def test_without_a_change_the_bound_is_exact(table):
-    """Seen at 18 questions: where nothing changed, 1 - .025 ** (1 / 18) of them might."""
-    still = table[(table["quantity"] == "change of accuracy") & (table["note"] != "")]
-    for _, line in still.iterrows():
-        assert line["high"] == pytest.approx(100 * (1 - 0.025 ** (1 / N)))
-        assert line["low"] == -line["high"]
-        assert "questions as trials" in line["method"]
-
-
 def test_attention_of_the_first_layer_is_needed(table):
     """The control: what the model cannot do without must show."""
     row = where(table, part="attention", layer=0, at="each", quantity="change of accuracy").iloc[0]

@@ -23,16 +23,6 @@ def _run(monkeypatch, capsys, *words):
     return stop.value.code, out.out, out.err
 
 
-@pytest.fixture(autouse=True)
-def _registered(monkeypatch):
-    from interp_vlm.study.bypass import BYPASS
-    from interp_vlm.study.experiments import EXPERIMENTS
-    from interp_vlm.study.neurons import NEURONS
-
-    for experiment in (NEURONS, BYPASS):
-        monkeypatch.setitem(EXPERIMENTS, experiment.name, experiment)
-
-
 def test_compare(monkeypatch, capsys, tmp_path, random_model):
     folder = tmp_path / "run"
     words = ["testbed:llava", random_model, "--limit", "30", "--out", folder, "--workers", "1"]

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from interp_vlm.study.changes import CHANGE, SMALLEST
-from interp_vlm.study.neurons import BEYOND, HEADLINE, SIZES, verdict
+from interp_vlm.study.neurons import BEYOND, HEADLINE, NORM, SIZES, verdict
 from interp_vlm.study.sections.multiples import multiples
 from interp_vlm.study.sections.section import Panel, Section
 from interp_vlm.study.sections.style import MARKERS, PARTS, blank, dots, finish, reference
@@ -52,7 +52,6 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
             ("n", f"{sizes(some)} ({some['condition'].iloc[0]})"),
             ("interval", f"{interval_fact(some)}; where no answer changed, the exact binomial bound"),
             ("compared with", "no ablation, and random neurons of the same number and norm"),
-            ("random sets", "as many as the settings say, 20 by default, for each size; each question meets one"),
             *_chosen(own, known),
             ("test", _TEST),
         ),
@@ -64,7 +63,7 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
 
 
 def _chosen(own: dict[str, pd.DataFrame], known: Sequence[str]) -> Iterator[tuple[str, str]]:
-    facts = {"layers": _layers, "norm": _norms, "smallest detectable effect": _smallest}
+    facts = {"layers": _layers, "random sets": _norms, "smallest detectable effect": _smallest}
     for name, said in facts.items():
         if known:
             yield name, listed(said(own[model], model) for model in known)
@@ -138,8 +137,14 @@ def _layers(rows: pd.DataFrame, model: str) -> str:
 
 
 def _norms(rows: pd.DataFrame, model: str) -> str:
-    row = one(rows, quantity="norm against the probe's neurons", set=_RANDOM, size="5", fill="mean", at="peak")
-    return "" if row is None else f"{text(row['value'], 2)} of the probe's five ({model}; {row['note']})"
+    """How many random sets there are, and how well those of equal norm match."""
+    row = one(rows, quantity=NORM, set=_RANDOM, size="5", fill="mean", at="peak")
+    if row is None:
+        return f"none ({model})"
+    many, spread = row["note"].split(" sets, ")
+    return (
+        f"{many} of five neurons, a question meets one; norm {text(row['value'], 2)} of the probe's, {spread} ({model})"
+    )
 
 
 def _smallest(rows: pd.DataFrame, model: str) -> str:
