@@ -3,8 +3,9 @@
     python experiments/benchmarks/monitor.py                          # scaled-down LLaVA, then the embedded models
     python experiments/benchmarks/monitor.py --model llava-hf/llava-1.5-7b-hf --device cuda
 
-Both get the same encoded question and run in turns, so that a slow moment of the machine hits both; on the CPU the
-process' own time counts, which other programs do not lengthen. `monitor` is
+All get the same encoded question and run in turns, so that a slow moment of the machine hits all; on the CPU the
+process' own time counts, which other programs lengthen less. `plain` is a copy of the model that nnsight never saw,
+`wrapped` the plain forward of the model as `iv.VLM` holds it. `monitor` is
 `monitor.run(vlm, batch)`: the pass, the hidden state, the answer with its confidence, the score. The scaled-down model
 has LLaVA-1.5's picture (24 x 24 patches, about 600 tokens), vocabulary (32,064) and proportions at an eighth of the
 width and a quarter of the depth; its weights are random, which no time depends on. The embedded models take a few
@@ -14,6 +15,7 @@ milliseconds a pass, so that fixed costs weigh more than they do in any model th
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import time
@@ -24,13 +26,14 @@ import numpy as np
 import torch
 
 import interp_vlm as iv
+from interp_vlm.models.loading import load, resolve
 from interp_vlm.probes.scoring import width
 from interp_vlm.readouts.identity import identity_of
 from interp_vlm.stats import Estimate
 
 
-def scaled_llava(side: int = 336) -> iv.VLM:
-    """LLaVA-1.5 with random weights: an eighth of its width, a quarter of its depth."""
+def scaled_llava(side: int = 336) -> tuple[Any, Any]:
+    """LLaVA-1.5 with random weights, an eighth of its width and a quarter of its depth; and a processor."""
     from transformers import (
         AutoProcessor,
         CLIPImageProcessor,
@@ -40,8 +43,6 @@ def scaled_llava(side: int = 336) -> iv.VLM:
         LlavaForConditionalGeneration,
         LlavaProcessor,
     )
-
-    from interp_vlm.models.loading import resolve
 
     words = AutoProcessor.from_pretrained(resolve("testbed:llava"))
     pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -60,7 +61,7 @@ def scaled_llava(side: int = 336) -> iv.VLM:
         image_token_index=words.tokenizer.convert_tokens_to_ids(words.image_token),
     )  # fmt: skip
     torch.manual_seed(0)
-    return iv.VLM(LlavaForConditionalGeneration(config).eval().requires_grad_(False), processor, name="scaled LLaVA")
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False), processor
 
 
 def monitor_of(vlm: iv.VLM) -> iv.ReliabilityMonitor:
@@ -74,30 +75,36 @@ def monitor_of(vlm: iv.VLM) -> iv.ReliabilityMonitor:
     )  # fmt: skip
 
 
-def measure(vlm: iv.VLM, repeats: int, warm: int = 3) -> dict[str, Any]:
-    """Seconds of both, in turns, and the overhead with its interval (bootstrap over turns)."""
+def measure(model: Any, processor: Any, name: str, repeats: int, warm: int = 3) -> dict[str, Any]:
+    """Milliseconds of each, in turns, and the overhead with its interval (bootstrap over turns)."""
+    bare, vlm = copy.deepcopy(model), iv.VLM(model, processor, name)
     example = iv.data.digit_scenes(n=1)[0]
     picture = example.image.resize((448, 448))
     batch, monitor = vlm.encode(picture, example.question), monitor_of(vlm)
     monitor.bind(vlm)
 
-    def plain() -> None:
+    def plain(which: Any) -> None:
         with torch.no_grad():
-            _ = vlm.model(**batch.inputs).logits
+            _ = which(**batch.inputs).logits
 
-    seconds: dict[str, list[float]] = {"plain": [], "monitor": []}
     on_gpu = vlm.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
-    calls: dict[str, Callable[[], Any]] = {"plain": plain, "monitor": lambda: monitor.run(vlm, batch)}
+    calls: dict[str, Callable[[], Any]] = {
+        "plain": lambda: plain(bare),
+        "wrapped": lambda: plain(model),
+        "monitor": lambda: monitor.run(vlm, batch),
+    }
+    seconds: dict[str, list[float]] = {call: [] for call in calls}
+    order = np.random.default_rng(0)
     for turn in range(warm + repeats):
-        for name in sorted(calls, reverse=bool(turn % 2)):
+        for call in order.permutation(list(calls)):
             start = clock()
-            calls[name]()
+            calls[call]()
             if on_gpu:
                 torch.cuda.synchronize()
             if turn >= warm:
-                seconds[name].append(clock() - start)
-    a, b = (np.array(seconds[name]) for name in ("plain", "monitor"))
+                seconds[call].append(clock() - start)
+    a, wrapped, b = (np.array(seconds[call]) for call in ("plain", "wrapped", "monitor"))
     drawn = np.random.default_rng(0).integers(0, repeats, (2000, repeats))
     ratios = np.median(b[drawn], axis=1) / np.median(a[drawn], axis=1) - 1.0
     low, high = np.quantile(ratios, [0.025, 0.975])
@@ -109,6 +116,7 @@ def measure(vlm: iv.VLM, repeats: int, warm: int = 3) -> dict[str, Any]:
         "turns": repeats,
         "clock": "wall" if on_gpu else "processor",
         "plain_ms": round(1e3 * float(np.median(a)), 3),
+        "wrapped_ms": round(1e3 * float(np.median(wrapped)), 3),
         "monitor_ms": round(1e3 * float(np.median(b)), 3),
         "overhead_percent": round(100 * float(np.median(b) / np.median(a) - 1.0), 2),
         "low": round(100 * float(low), 2),
@@ -129,10 +137,10 @@ def main() -> None:
     repeats = 5 if options.quick else options.repeats
     print(json.dumps({"machine": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__}))
     if not options.model:
-        print(json.dumps(measure(scaled_llava(112 if options.quick else 336), repeats)))
+        print(json.dumps(measure(*scaled_llava(112 if options.quick else 336), "scaled LLaVA", repeats)))
     for name in options.model or ("testbed:llava", "testbed:paligemma", "testbed:qwen2_vl"):
-        vlm = iv.load(name, device_map=options.device)
-        print(json.dumps(measure(vlm, repeats * 10 if name.startswith("testbed:") else repeats)))
+        found = load(name, device_map=options.device)
+        print(json.dumps(measure(*found, name, repeats * 10 if name.startswith("testbed:") else repeats)))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,11 @@ def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: 
     hidden = torch.stack([values[layer] for layer in layers], dim=1)
     if choices is not None:
         return Pass(hidden, tuple(read_answers(logits, vlm.tokenizer, prompt_ends(batch, vlm.tokenizer), choices)))
-    refuse_nan(logits)
     best = full_precision(logits).log_softmax(dim=-1).max(dim=-1)
-    text = answer_vocabulary(vlm.tokenizer).text
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    text, logprobs = answer_vocabulary(vlm.tokenizer).text, best.values.tolist()
+    if any(map(math.isnan, logprobs)):
+        refuse_nan(logits)
+    pairs = zip(best.indices.tolist(), logprobs, strict=True)
     return Pass(hidden, tuple(Answer(text(token), token=token, logprob=logprob) for token, logprob in pairs))
 
 
