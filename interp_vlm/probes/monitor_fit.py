@@ -53,9 +53,9 @@ def fit_monitor(
         what = "activations" if len(found) != n else "kinds"
         raise DataError(f"{what} of {count} examples", expected=f"the report's {n}")
     chosen = _layer(report, layer)
-    if chosen >= vlm.anatomy.n_layers or found.values.shape[2] != width(vlm, report.site):
+    if chosen >= vlm.anatomy.n_layers or found.shape[2] != width(vlm, report.site):
         raise ModelError(
-            f"the report is about layer {chosen} with {found.values.shape[2]} numbers",
+            f"the report is about layer {chosen} with {found.shape[2]} numbers",
             expected=f"{vlm.name}: layers 0 to {vlm.anatomy.n_layers - 1} with {width(vlm, report.site)}",
             remedy="give the model and the activations that were probed",
         )
