@@ -92,7 +92,7 @@ def layer_features(
     whole = full_precision(pattern.detach())[:, :, -1].mean(dim=1)
     mean = heads.mean(dim=1)
     shares = mean / mean.sum(dim=-1, keepdim=True)
-    each = heads / heads.sum(dim=-1, keepdim=True)
+    each = (heads / heads.sum(dim=-1, keepdim=True)).nan_to_num()  # a head that does not look has no picture
     grid, kept = tokens.grids[picture], places
     ordered = shares.sort(dim=-1, descending=True).values
     n = shares.shape[-1]
@@ -120,7 +120,7 @@ def layer_features(
         "own_mass": whole[:, tokens.last.to(whole.device)].sum(dim=-1),
         "head_largest_mass": masses.amax(dim=-1),
         "head_smallest_mass": masses.amin(dim=-1),
-        "head_disagreement": spatial_entropy(each.mean(dim=1)) - spatial_entropy(each).mean(dim=1),
+        "head_disagreement": spatial_entropy(each.sum(dim=1)) - spatial_entropy(each).nanmean(dim=1),
         "between_layers": torch.cat([between.new_full((1,), torch.nan), between]),
     }
     return {name: values[name].double().cpu().numpy() for name in FEATURES}

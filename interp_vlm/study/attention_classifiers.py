@@ -20,7 +20,7 @@ from interp_vlm.readouts.attention_features import pooled
 from interp_vlm.stats import Estimate, auroc, auroc_difference, resampling
 from interp_vlm.stats.inputs import as_groups
 
-__all__ = ["CLASSIFIERS", "FOLDS", "OutOfFold", "judged", "maps", "out_of_fold"]
+__all__ = ["CLASSIFIERS", "FOLDS", "OutOfFold", "grouped", "judged", "maps", "out_of_fold"]
 
 FOLDS = 5
 LEVEL = 0.95
@@ -52,9 +52,9 @@ def out_of_fold(rows: pd.DataFrame, seed: int) -> dict[str, OutOfFold]:
     labels = rows["correct"].to_numpy(dtype=bool)
     codes, _ = as_groups(rows["group"], len(rows))
     try:
-        folds, reason = assign(labels, codes, FOLDS, seed), ""
-    except (DataError, ValueError) as error:  # scikit-learn's own refusal of few pictures is a ValueError
-        folds, reason = np.zeros(0, dtype=np.intp), str(error).splitlines()[0]
+        folds, reason = grouped(labels, codes, FOLDS, seed), ""
+    except DataError as error:
+        folds, reason = np.zeros(0, dtype=np.intp), str(error)
     names = [name for name in rows if str(name).startswith(("mean ", "last ", "change "))]
     features = rows[names].to_numpy(dtype=np.float64)
     inputs = {"MLP on all attention maps": maps(rows)}
@@ -65,6 +65,22 @@ def out_of_fold(rows: pd.DataFrame, seed: int) -> dict[str, OutOfFold]:
         how = f"{_HOW[what]}, {x.shape[1]:,} features; {FOLDS} folds by picture"
         found[what] = OutOfFold(scores, folds, what != "MLP on all attention maps", how, reason)
     return found
+
+
+def grouped(labels: np.ndarray, codes: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """The fold of each example: pictures together, the classes as even as can be.
+
+    Raises:
+        DataError: a class that is found about fewer pictures than there are folds.
+    """
+    for value in (True, False):
+        holding = len(np.unique(codes[labels == value]))
+        if holding < folds:
+            raise DataError(
+                f"{'right' if value else 'wrong'} answers about {holding} pictures",
+                expected=f"at least {folds}, one for each fold",
+            )
+    return assign(labels, codes, folds, seed)
 
 
 def maps(rows: pd.DataFrame) -> np.ndarray:

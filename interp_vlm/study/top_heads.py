@@ -10,9 +10,10 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from interp_vlm.errors import DataError
-from interp_vlm.probes.folds import assign, permuted, unmoved
+from interp_vlm.probes.folds import permuted, unmoved
 from interp_vlm.stats import Estimate, resampling
 from interp_vlm.stats.inputs import Groups, as_classes, as_groups
+from interp_vlm.study.attention_classifiers import grouped
 
 __all__ = ["PERMUTATIONS", "TOP", "squared", "strongest", "top_heads"]
 
@@ -68,9 +69,9 @@ def top_heads(
     labels, (codes, count) = as_classes(correct, "correct", len(mass)), as_groups(groups, len(mass))
     nothing = Estimate(math.nan, math.nan, math.nan, len(mass), count, 0.95, _METHOD, seed)
     try:
-        half = assign(labels, codes, 2, seed)
-    except (DataError, ValueError) as error:
-        return replace(nothing, reason=str(error).splitlines()[0])
+        half = grouped(labels, codes, 2, seed)
+    except DataError as error:
+        return replace(nothing, reason=str(error))
     chosen = [(half == side, _top(contribution[half == side])) for side in (0, 1)]
     value, picks = _crossed(mass, labels[:, None].astype(np.float64), chosen)
     if not math.isfinite(value[0]):
