@@ -210,9 +210,10 @@ def _relation(
 
 
 def sampling(settings: Settings) -> dict[str, Any]:
-    """How answers are sampled; settings that do not say so have the studied work's values."""
-    wanted = {"k": ("samples", 10), "temperature": ("temperature", 0.7), "top_p": ("top_p", 0.9), "seed": ("seed", 0)}
-    return {option: getattr(settings, name, default) for option, (name, default) in wanted.items()}
+    """How answers are sampled, as `self_consistency` takes it."""
+    return {
+        "k": settings.samples, "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed
+    }  # fmt: skip
 
 
 def _agreement(
