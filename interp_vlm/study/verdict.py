@@ -27,9 +27,10 @@ VERDICTS = ("supported", "contradicted", "underpowered", "not applicable")
 COLUMNS = (
     *("id", "statement", "model", "parameter", "setting", "verdict", "part", "value", "low", "high", "unit", "n"),
     *("groups", "n_needed", "groups_needed", "region_low", "region_high", "region", "rule", "published", "baseline"),
-    *("row", "parts", "reason", "note"),
+    *("chosen", "row", "parts", "reason", "note"),
 )
-"""Columns of the table of claims; `parameter` and `setting` are empty for the claim as it stands."""
+"""Columns of the table of claims; `parameter`, `setting` and `chosen` (the claim's own setting of that parameter) are
+empty for the claim as it stands."""
 
 LEVEL, POWER = 0.95, 0.8
 _NORMAL = NormalDist()
@@ -165,7 +166,7 @@ def _row(
         **dict(zip(("n_needed", "groups_needed"), map(_ceiling, needed), strict=True)),
         **{"region_low": part.region[0], "region_high": part.region[1], "region": region_text(part.region, part.unit)},
         **{"rule": part.reason, "published": _published(claim, part, str(known.get("family", "")))},
-        "row": found.row if found else "",
+        **{"chosen": claim.chosen.get(parameter, ""), "row": found.row if found else ""},
         "parts": "; ".join(map(_told, findings)) if len(findings) > 1 else "",
         **{"reason": reason, "note": claim.note},
     }

@@ -349,6 +349,10 @@ def test_the_section_is_made_from_the_verdicts():
     assert made.lines[0].cells[0].published == "published: −8.2"
     assert made.lines[0].note == "a note"
     assert made.lines[0].cells[1].detail == "the table masking has no row with quantity 'change'"
-    assert [(line.id, line.lead) for line in made.alternatives] == [("B1", "kind: digits")]
+    assert [(line.id, line.lead) for line in made.alternatives] == [
+        ("B1", "kind: all (as above)"),
+        ("B1", "kind: digits"),
+    ]
+    assert [line.cells[0].verdict for line in made.alternatives] == ["supported", "contradicted"]
     assert made.table[0] == ("claim", "what is said", "true where", "one", "two")
     assert len(made.table[1]) == 3

@@ -98,7 +98,7 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> ClaimSection:
         facts=(
             ("rule", "95 % interval inside the region in which the claim is true: supported; outside: contradicted"),
             ("power", "n needed: questions for a power of 80 %, if the estimate were the truth"),
-            ("claims", f"{counted(len(lines), 'claim')}, {counted(len(others), 'alternative')}"),
+            ("claims", f"{counted(len(lines), 'claim')}, {counted(_count(table), 'alternative setting')}"),
         ),
         method=_METHOD,
         table=(heads, tuple((line.id, line.lead, line.rule, *map(str, line.cells)) for line in lines)),
@@ -106,6 +106,10 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> ClaimSection:
         lines=lines,
         alternatives=others,
     )
+
+
+def _count(table: pd.DataFrame) -> int:
+    return int((table[["id", "parameter", "setting"]].drop_duplicates()["parameter"] != "").sum())
 
 
 def _line(rows: pd.DataFrame, lead: str, models: Sequence[str]) -> Line:
@@ -117,10 +121,16 @@ def _line(rows: pd.DataFrame, lead: str, models: Sequence[str]) -> Line:
 
 
 def _alternatives(table: pd.DataFrame, models: Sequence[str]) -> Iterator[Line]:
-    for (_, parameter, setting), rows in table.groupby(["id", "parameter", "setting"], sort=False):
-        if parameter:
-            # The note is the claim's, and stands there.
-            yield replace(_line(rows, f"{parameter}: {setting}", models), note="")
+    """For each parameter that is left open, the claim as it stands and then every other setting, without the note."""
+    shown = set()
+    for (name, parameter, setting), rows in table.groupby(["id", "parameter", "setting"], sort=False):
+        if not parameter:
+            continue
+        if (name, parameter) not in shown:
+            shown.add((name, parameter))
+            chosen = f"{parameter}: {rows['chosen'].iloc[0]} (as above)"
+            yield replace(_line(where(table, id=name, parameter=""), chosen, models), note="")
+        yield replace(_line(rows, f"{parameter}: {setting}", models), note="")
 
 
 def _cell(row: pd.Series) -> Cell:
