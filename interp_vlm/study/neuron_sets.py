@@ -158,9 +158,8 @@ def ranking(
     """
     reduced = reduce(features)
     labels = torch.as_tensor(right, dtype=torch.float64)[:, None]
-    slopes, intercepts = solve(reduced, labels, torch.ones_like(labels), torch.tensor([strength], dtype=torch.float64))
-    raw, _ = reduced.raw(slopes, intercepts)
-    weights = (raw[:, 0] * reduced.scale).abs().numpy()
+    slopes, _ = solve(reduced, labels, torch.ones_like(labels), torch.tensor([strength], dtype=torch.float64))
+    weights = reduced.standard(slopes)[:, 0].abs().cpu().numpy()
     by_weight = np.argsort(-weights, kind="stable")
     try:
         first = stable_neurons(features.numpy(), right, groups, seed=seed).units

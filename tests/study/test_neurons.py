@@ -111,18 +111,22 @@ def test_ranking_finds_planted_neurons():
     assert stable == 2
 
 
-def test_ranking_falls_back_on_the_l2_probe():
-    """Weights on standardised features against scikit-learn's."""
+@pytest.mark.parametrize("width", [10, 300], ids=["tall", "wide"])
+def test_ranking_falls_back_on_the_l2_probe(width):
+    """Weights on standardised features against scikit-learn's, with fewer and with more neurons than examples."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
     rng = np.random.default_rng(1)
     right = rng.random(200) < 0.5
-    hidden = rng.normal(size=(200, 10)) * 5.0
+    hidden = rng.normal(size=(200, width)) * 5.0
     order, stable = ranking(torch.from_numpy(hidden).float(), right, [str(i) for i in range(200)], 0.01, seed=0)
     assert stable == 0
-    model = LogisticRegression(C=0.01, tol=1e-10).fit(StandardScaler().fit_transform(hidden.astype("float32")), right)
-    assert list(order) == list(np.argsort(-np.abs(model.coef_[0])))
+    features = StandardScaler().fit_transform(hidden.astype("float32").astype("float64"))
+    model = LogisticRegression(C=0.01, solver="newton-cholesky", tol=1e-10).fit(features, right)
+    weights = np.abs(model.coef_[0])
+    assert sorted(order) == list(range(width))
+    assert (np.diff(weights[order]) < 3e-5).all()  # wide layers are solved in single precision
 
 
 def test_chosen_is_found_once_and_is_the_same_again(bench, vlm, fitting):
