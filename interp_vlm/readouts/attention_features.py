@@ -171,8 +171,8 @@ def pooled(
                  [0.3, 0. ]]]])
     """
     cells = np.clip((centres * size).astype(np.intp), 0, size - 1)
-    flat = np.zeros((weights.shape[0], weights.shape[1], size * size), dtype=weights.dtype)
-    np.add.at(flat, (slice(None), slice(None), cells[:, 0] * size + cells[:, 1]), weights)
+    within = np.eye(size * size, dtype=weights.dtype)[cells[:, 0] * size + cells[:, 1]]
+    flat = weights @ within
     return flat.reshape(*weights.shape[:2], size, size)
 
 

@@ -157,10 +157,9 @@ def _scores(make: Callable[[int], Any], x: np.ndarray, labels: np.ndarray, folds
 def _boosting(seed: int) -> Any:
     from sklearn.ensemble import HistGradientBoostingClassifier
 
-    return HistGradientBoostingClassifier(
-        max_iter=100, learning_rate=0.05, max_leaf_nodes=8, l2_regularization=1.0, early_stopping=False,
-        random_state=seed,
-    )  # fmt: skip
+    options: dict[str, Any] = {"max_iter": 100, "learning_rate": 0.05, "max_leaf_nodes": 8, "l2_regularization": 1.0}
+    options["early_stopping"] = False
+    return HistGradientBoostingClassifier(**options, random_state=seed)
 
 
 def _forest(seed: int) -> Any:
@@ -174,8 +173,8 @@ def _mlp(seed: int) -> Any:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    perceptron = MLPClassifier((128, 64), alpha=1.0, batch_size=64, max_iter=20, random_state=seed)
-    return make_pipeline(StandardScaler(), perceptron)
+    options: dict[str, Any] = {"hidden_layer_sizes": (128, 64), "alpha": 1.0, "batch_size": 64, "max_iter": 20}
+    return make_pipeline(StandardScaler(), MLPClassifier(**options, random_state=seed))
 
 
 _MAKE: dict[str, Callable[[int], Any]] = {

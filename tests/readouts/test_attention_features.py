@@ -94,7 +94,7 @@ def test_a_models_own_attention_against_slow_sums(seen):
             cell = (grid.cells[i] + 0.5) / (grid.rows, grid.cols)
             at.append(cell if math.isnan(x0) else ((y0 + y1) / 2 / grid.size[1], (x0 + x1) / 2 / grid.size[0]))
         at = np.clip(np.array(at), 0, 1)
-        centre = sum(share * place for share, place in zip(shares, at, strict=True))
+        centre = np.sum([share * place for share, place in zip(shares, at, strict=True)], axis=0)
         spread = sum(share * ((place - centre) ** 2).sum() for share, place in zip(shares, at, strict=True))
 
         def entropy(values):
@@ -112,7 +112,7 @@ def test_a_models_own_attention_against_slow_sums(seen):
             "top_tenth": sum(sorted(shares)[-math.ceil(n / 10) :]),
             "gini": gini,
             "spread": math.sqrt(spread),
-            "off_centre": math.dist(centre, (0.5, 0.5)),
+            "off_centre": math.dist(tuple(centre), (0.5, 0.5)),
             "image_mass": total,
             "question_mass": float(whole[tokens.question].sum()),
             "first_mass": float(whole[tokens.all[0]]),

@@ -220,7 +220,7 @@ def test_pictures_of_differing_grids_share_one():
     rows = planted(pictures=5)
     assert maps(rows).shape == (20, LAYERS * HEADS_EACH * SIDE * SIDE)
     small = np.arange(LAYERS * HEADS_EACH * 6, dtype=np.float32)
-    rows["map"] = [small if number == 3 else flat for number, flat in enumerate(rows["map"])]
+    rows["map"] = pd.Series([small if number == 3 else flat for number, flat in enumerate(rows["map"])])
     rows.loc[3, ["map_rows", "map_cols"]] = 2, 3
     pooled = maps(rows)
     assert pooled.shape == (20, LAYERS * HEADS_EACH * 64)
