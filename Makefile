@@ -4,15 +4,19 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help study test lint types imports unit clean
+.PHONY: help study test bench lint types imports unit clean
 
 help:
 	@echo "make study   study the three embedded models; ends with the path of the report"
 	@echo "make test    lint, types, import contract, tests"
+	@echo "make bench   the benchmarks as one table, some minutes; ARGS=--quick for small sizes"
 	@echo "make clean   remove .venv and caches"
 
 study: .venv/.ready
 	$(BIN)/interp-vlm study $(ARGS)
+
+bench: .venv/.ready
+	$(BIN)/python experiments/benchmarks $(ARGS)
 
 test: lint types imports unit
 

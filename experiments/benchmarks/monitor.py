@@ -124,6 +124,26 @@ def measure(model: Any, processor: Any, name: str, repeats: int, warm: int = 3) 
     }
 
 
+def rows(quick: bool = False) -> list[dict[str, Any]]:
+    """What `make bench` shows: one row for each model."""
+    torch.set_num_threads(1)
+    found = [measure(*scaled_llava(112 if quick else 336), "scaled LLaVA", 5 if quick else 30)]
+    for name in () if quick else ("testbed:llava", "testbed:paligemma", "testbed:qwen2_vl"):
+        found.append(measure(*load(name), name, 300))
+    return [
+        {
+            "what": f"monitor of {row['model']}, {row['tokens']} tokens",
+            "against": "plain forward pass",
+            "value": row["overhead_percent"],
+            "low": row["low"],
+            "high": row["high"],
+            "unit": "% more time",
+            "note": f"95 % interval over {row['turns']} turns",
+        }
+        for row in found
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", help="by default the scaled LLaVA and the embedded models")
