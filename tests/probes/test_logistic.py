@@ -8,7 +8,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from interp_vlm.probes.logistic import reduce, solve
+from interp_vlm.probes.logistic import Tall, Wide, reduce, solve
 from interp_vlm.probes.measures import fold_auroc
 from interp_vlm.probes.nested import score_fold
 
@@ -110,3 +110,49 @@ def test_the_test_part_has_no_say_in_its_own_standardisation():
     alone = score_fold(train, test[:1], label[:60, None], inner, PATH).test
     with_others = score_fold(train, torch.cat([test[:1], test[1:] * 1e3]), label[:60, None], inner, PATH).test
     np.testing.assert_allclose(alone[0], with_others[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [90, 700])
+def test_single_precision_is_precise_enough(n):
+    """Wide layers in float32 against themselves in float64, from hardly any weight to classes that separate."""
+    features, label = examples(n, 600, seed=2)
+    path = torch.tensor([1e-5, 1e-3, 1e-1, 10.0], dtype=torch.float64)
+    labels = torch.tensor(label)[:, None].expand(-1, 4)
+    short, long = (reduce(torch.tensor(features, dtype=kind)) for kind in (torch.float32, torch.float64))
+    assert isinstance(short, Wide)
+    assert short.rows.dtype == torch.float32
+    found, exact = (each.times(solve(each, labels, torch.ones_like(labels), path)[0]) for each in (short, long))
+    np.testing.assert_array_less((found - exact).abs().amax(0), 5e-3 * exact.std(0))
+
+
+@pytest.mark.parametrize(("n", "d", "kind"), [(120, 30, Tall), (60, 200, Wide)])
+def test_examples_that_occur_twice_count_twice(n, d, kind):
+    features, label = examples(n, d)
+    once, twice = reduce(torch.tensor(features)), reduce(torch.tensor(np.tile(features, (2, 1))))
+    assert isinstance(once, kind)
+    assert isinstance(twice, kind)
+    y, C = torch.tensor(label)[:, None], torch.tensor([0.1], dtype=torch.float64)
+    single, _ = once.raw(*solve(once, y, 2.0 * torch.ones_like(y), C))
+    double, _ = twice.raw(*solve(twice, y.repeat(2, 1), torch.ones(2 * n, 1), C))
+    torch.testing.assert_close(single, double, rtol=0, atol=1e-5 * float(single.abs().max()))
+
+
+@pytest.mark.parametrize(("n", "d"), [(60, 20), (40, 200)])
+def test_one_class_gives_finite_scores_of_that_class(n, d):
+    """Inner folds of random labels may hold one class; without a penalty on the intercept its scores only grow."""
+    reduced = reduce(torch.tensor(examples(n, d)[0]))
+    one = torch.ones(n, 2, dtype=torch.float64)
+    a, b = solve(reduced, one * torch.tensor([0.0, 1.0]), one, torch.tensor([1e-5, 10.0]))
+    scores = reduced.times(a) + b
+    assert torch.isfinite(scores).all()
+    assert float(scores[:, 0].max()) < -10.0
+    assert float(scores[:, 1].min()) > 10.0
+
+
+def test_a_good_start_changes_nothing():
+    features, label = examples(80, 200)
+    reduced = reduce(torch.tensor(features))
+    y, C = torch.tensor(label)[:, None], torch.tensor([1.0], dtype=torch.float64)
+    near, _ = solve(reduced, y, torch.ones_like(y), 0.5 * C)
+    cold, warm = (reduced.raw(*solve(reduced, y, torch.ones_like(y), C, start))[0] for start in (None, near))
+    torch.testing.assert_close(cold, warm, rtol=0, atol=1e-5 * float(cold.abs().max()))
