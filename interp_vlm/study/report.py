@@ -53,7 +53,8 @@ def write_report(
     names = list(short_names(settings.models).values())
     sections: dict[str, Section] = {}
     absent = []
-    for name, experiment in EXPERIMENTS.items():
+    for name in settings.experiments:
+        experiment = EXPERIMENTS[name]
         if name in tables and len(tables[name]):
             sections[name] = import_module(f"interp_vlm.study.sections.{name}").section(tables[name], names)
         else:
@@ -138,6 +139,8 @@ def command_line(settings: Settings) -> str:
     for name in ("data", "limit", "seed", "batch_size", "device"):
         if getattr(settings, name) != getattr(defaults, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+    if settings.claims != defaults.claims:
+        words += ["--claims", ",".join(settings.claims)]
     if settings.on_error == "skip":
         words.append("--skip-broken")
     return shlex.join(words)
