@@ -331,7 +331,7 @@ class Engine:
         selector = select.of(positions)
         evidence = self.clean(batch, selector.needs).evidence if selector.needs else {}
         index, mask = padded_positions(selected(batch, selector, evidence))
-        edits = self.resolve(batch, interventions)
+        edits = self.resolve(batch, interventions) if interventions else []
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
 
         def keep(name: str, value: Tensor) -> Tensor:
@@ -344,6 +344,9 @@ class Engine:
         program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)
         recording = forward(self.root, self.access, batch.inputs, program)
         receipts.refuse_without_effect(edits)
+        if not edits and self.known(batch) is None:  # a run without interventions: whoever needs its answers has them
+            assert recording.logits is not None
+            self._clean[batch] = CleanRun(answer_rows(recording.logits, batch.last), self._weights())
         values = {
             name: torch.stack([recording.values[name, layer] for layer in found], dim=1)
             for name, found in plain.items()
