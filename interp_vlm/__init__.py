@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from interp_vlm.interventions.vary import vary, windows
     from interp_vlm.models.anatomy import Anatomy
     from interp_vlm.probes.layerwise import probe_layers
+    from interp_vlm.probes.monitor import ReliabilityMonitor
     from interp_vlm.probes.report import ProbeReport
+    from interp_vlm.probes.sparse import stable_neurons
+    from interp_vlm.probes.transfer import probe_transfer
     from interp_vlm.readouts import store
     from interp_vlm.readouts.answers import Answer
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
@@ -66,7 +69,10 @@ _HOME = {
     "interp_vlm.interventions.vary": ("vary", "windows"),
     "interp_vlm.models.anatomy": ("Anatomy",),
     "interp_vlm.probes.layerwise": ("probe_layers",),
+    "interp_vlm.probes.monitor": ("ReliabilityMonitor",),
     "interp_vlm.probes.report": ("ProbeReport",),
+    "interp_vlm.probes.sparse": ("stable_neurons",),
+    "interp_vlm.probes.transfer": ("probe_transfer",),
     "interp_vlm.readouts.answers": ("Answer",),
     "interp_vlm.readouts.consistency": ("SelfConsistency", "self_consistency"),
     "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
@@ -104,6 +110,7 @@ __all__ = [
     "ModelError",
     "ProbeReport",
     "Receipt",
+    "ReliabilityMonitor",
     "Run",
     "SelectionError",
     "SelfConsistency",
@@ -121,9 +128,11 @@ __all__ = [
     "logit_difference",
     "logit_lens",
     "probe_layers",
+    "probe_transfer",
     "reference_mean",
     "select",
     "self_consistency",
+    "stable_neurons",
     "stats",
     "store",
     "sweep",

@@ -1,4 +1,4 @@
-"""The command line: `interp-vlm study | inspect | testbed train`.
+"""The command line: `interp-vlm study | compare | inspect | monitor fit, score, evaluate | testbed train`.
 
 Every error that the library raises on purpose becomes one line on standard error and exit status 2.
 """
@@ -14,6 +14,8 @@ import typer
 
 from interp_vlm.errors import InterpVLMError, StudyError
 from interp_vlm.study.command import study
+from interp_vlm.study.compare import compare
+from interp_vlm.study.monitor_command import monitor
 
 if TYPE_CHECKING:
     from interp_vlm.tokens.token_map import TokenMap
@@ -30,7 +32,9 @@ app = typer.Typer(
 )
 testbed = typer.Typer(help="The embedded tiny models.", no_args_is_help=True)
 app.add_typer(testbed, name="testbed")
+app.add_typer(monitor, name="monitor")
 app.command()(study)
+app.command()(compare)
 
 
 @app.command()

@@ -1,20 +1,21 @@
-"""Activations as every probe reads them: one matrix a layer, from an array, a tensor or a cache's site."""
+"""Activations as every probe reads them: one matrix a layer, from an array, a tensor, a cache's site or a store's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from interp_vlm.errors import DataError
 from interp_vlm.interventions.cache import Cache
+from interp_vlm.readouts.store import Store
 
-__all__ = ["POSITIONS", "Activations", "read"]
+__all__ = ["POSITIONS", "Activations", "read", "read_columns"]
 
 POSITIONS = ("before_answer", "after_answer")
 
@@ -24,29 +25,32 @@ class Activations:
     """Activations of n examples by layer, and where in the model they were read.
 
     Attributes:
-        values: (n, layer, d).
-        layers: the model's number of each layer, in the order of the layer axis.
+        load: gives (n, d) of a layer, by its number in the model; of a store, from disk.
+        shape: (n, layer, d).
+        layers: the model's number of each layer.
         site: name of the site table.
         position: "before_answer" or "after_answer".
         model: the model's name, empty when unknown.
     """
 
-    values: Shaped[Tensor, "example layer feature"]
+    load: Callable[[int], Tensor] = field(repr=False)
+    shape: tuple[int, int, int]
     layers: tuple[int, ...]
     site: str
     position: str
     model: str = ""
 
     def __len__(self) -> int:
-        return len(self.values)
+        return self.shape[0]
 
     def layer(self, number: int) -> Float[Tensor, "example feature"]:
-        """One layer in float64.
+        """One layer: float64 stays, anything shorter comes as float32, which holds it exactly.
 
         Raises:
             DataError: for NaN or infinite values.
         """
-        values = self.values[:, self.layers.index(number)].to(torch.float64)
+        values = self.load(number)
+        values = values if values.dtype == torch.float64 else values.to(torch.float32)
         if bad := int((~torch.isfinite(values)).any(1).sum()):
             raise DataError(
                 f"activations of layer {number} hold NaN or infinite values in {bad} of {len(values)} examples",
@@ -56,21 +60,35 @@ class Activations:
         return values
 
 
-def read(activations: Any, site: str | None, layers: Sequence[int] | None, position: str | None) -> Activations:
+def read(
+    activations: Any,
+    site: str | None,
+    layers: Sequence[int] | None,
+    position: str | None,
+    position_index: int | None = None,
+) -> Activations:
     """Activations with their labels of layer, site and position.
 
     Args:
-        activations: (n, layer, d) array or tensor, or a `Cache` with one position of each example.
-        site: which site of a cache; for an array only its name in the report.
-        layers: which layers to probe (of a cache), or the numbers of the array's layers (by default 0, 1, ...).
-        position: "before_answer" or "after_answer"; a cache holds the prompt, which is before the answer.
+        activations: (n, layer, d) array or tensor, a `Cache`, or a `Store`, whose layers are read when asked for.
+        site: which site of a cache or store; for an array only its name in the report.
+        layers: which layers to probe, or the numbers of the array's layers (by default 0, 1, ...).
+        position: "before_answer" or "after_answer"; caches and stores hold the prompt, which is before the answer.
+        position_index: which of several positions of each example in a store; negative ones count from its last.
 
     Raises:
         DataError: for another shape, a layer that is absent, several positions, or an array without its position.
     """
+    if isinstance(activations, Store):
+        return _subset(_from_store(activations, site, position, position_index), layers)
+    if position_index is not None:
+        raise DataError(
+            f"position_index={position_index} for activations without a position axis",
+            expected="a store",
+            remedy="index the positions yourself, or leave position_index out",
+        )
     if isinstance(activations, Cache):
-        found = _from_cache(activations, site, position)
-        return _subset(found, layers) if layers is not None else found
+        return _subset(_from_cache(activations, site, position), layers)
     values = activations if isinstance(activations, Tensor) else torch.as_tensor(np.asarray(activations))
     if values.ndim != 3:
         raise DataError(
@@ -91,15 +109,18 @@ def read(activations: Any, site: str | None, layers: Sequence[int] | None, posit
             expected="one number for each layer of the array",
             remedy="index the array's layer axis to probe fewer layers",
         )
-    return Activations(values.detach(), numbers, site or "", str(position))
+    return _held(values.detach(), numbers, site or "", str(position))
+
+
+def _held(values: Tensor, layers: tuple[int, ...], site: str, position: str, model: str = "") -> Activations:
+    """Activations that are in memory, (n, layer, d)."""
+    n, count, d = values.shape
+    place = {number: index for index, number in enumerate(layers)}
+    return Activations(lambda number: values[:, place[number]], (n, count, d), layers, site, position, model)
 
 
 def _from_cache(cache: Cache, site: str | None, position: str | None) -> Activations:
-    if site is None and len(cache) != 1:
-        raise DataError(
-            f"the cache holds {len(cache)} sites: {', '.join(cache)}", expected="one", remedy="pass site='resid_post'"
-        )
-    name = site or next(iter(cache))
+    name = _site(list(cache), site, "cache")
     values = cache[name]
     if values.shape[2] != 1 or not bool(cache.mask.all()):
         raise DataError(
@@ -107,23 +128,98 @@ def _from_cache(cache: Cache, site: str | None, position: str | None) -> Activat
             expected="one",
             remedy="capture with positions='last'",
         )
+    _before_answer(position, "cache")
+    layers = tuple(cache.layers[name])
+    return _held(values.detach().flatten(2), layers, name, "before_answer", getattr(cache, "model", ""))
+
+
+def _from_store(store: Store, site: str | None, position: str | None, index: int | None) -> Activations:
+    name = _site(list(store.sites), site, "store")
+    _before_answer(position, "store")
+    counts = torch.tensor(store.index["positions"].to_numpy())
+    fewest, most = int(counts.min()), int(counts.max())
+    if index is None and (fewest, most) != (1, 1):
+        raise DataError(
+            f"the store holds {fewest} to {most} positions of each example ({store.selection})",
+            expected="one",
+            remedy="say which: position_index=-1 is the last that was kept",
+        )
+    wanted = -1 if index is None else index
+    if not -fewest <= wanted < fewest:
+        raise DataError(
+            f"position_index={index}, an example of the store holds {fewest} positions",
+            expected=f"{-fewest} to {fewest - 1}",
+        )
+    places = counts + wanted if wanted < 0 else torch.full_like(counts, wanted)
+    d = int(store.layer(name, store.sites[name][0], [0])[0, 0].numel())
+
+    def load(number: int) -> Tensor:
+        # one layer of all examples is in memory, in the store's own number type
+        values = store.layer(name, number)
+        return values[torch.arange(len(values)), places].flatten(1)
+
+    layers = store.sites[name]
+    return Activations(load, (len(store), len(layers), d), layers, name, "before_answer", store.model.name)
+
+
+def read_columns(activations: Any, **given: Any) -> dict[str, Any]:
+    """What was given beside the activations, completed from the index where they are a store's.
+
+    Raises:
+        DataError: labels that are neither given nor in a store; an answer that its store could not score.
+    """
+    columns: Mapping[str, str] = {
+        "labels": "correct", "groups": "group", "confidence": "confidence", "answers": "answer", "questions": "question"
+    }  # fmt: skip
+    if not isinstance(activations, Store):
+        if given["labels"] is None:
+            raise DataError("labels are missing", expected="True or False for each example", remedy="give labels=")
+        return given
+    index = activations.index
+    if given["labels"] is None and (unknown := int(index["correct"].isna().sum())):
+        raise DataError(
+            f"{unknown} of {len(index)} answers in the store {activations.folder} have no score",
+            expected="right or wrong for each example",
+            remedy="give labels=, or write the store with another scorer",
+        )
+    return {
+        name: index[columns[name]].tolist() if value is None and name in columns else value
+        for name, value in given.items()
+    }
+
+
+def _site(sites: Sequence[str], site: str | None, what: str) -> str:
+    if site is None and len(sites) != 1:
+        raise DataError(
+            f"the {what} holds {len(sites)} sites: {', '.join(sites)}", expected="one", remedy="pass site='resid_post'"
+        )
+    name = site or sites[0]
+    if name not in sites:
+        raise DataError(
+            f"site {name!r} is absent from the {what}", expected=f"one of {', '.join(sites)}", remedy="capture it too"
+        )
+    return name
+
+
+def _before_answer(position: str | None, what: str) -> None:
     if position not in (None, "before_answer"):
         raise DataError(
-            f"position is {position!r} for a cache of the prompt",
+            f"position is {position!r} for a {what} of the prompt",
             expected="'before_answer'",
             remedy="leave position out",
         )
-    return Activations(
-        values.detach().flatten(2), tuple(cache.layers[name]), name, "before_answer", getattr(cache, "model", "")
-    )
 
 
-def _subset(found: Activations, layers: Sequence[int]) -> Activations:
+def _subset(found: Activations, layers: Sequence[int] | None) -> Activations:
+    if layers is None:
+        return found
     if missing := [layer for layer in layers if layer not in found.layers]:
         raise DataError(
             f"layer {missing[0]} is absent from {found.site!r}",
             expected=f"one of {list(found.layers)}",
             remedy="capture it too",
         )
-    index = [found.layers.index(layer) for layer in layers]
-    return Activations(found.values[:, index], tuple(layers), found.site, found.position, found.model)
+    if not len(layers) or len(set(layers)) < len(layers):
+        raise DataError(f"layers is {list(layers)}", expected="at least one layer, each once")
+    n, _, d = found.shape
+    return replace(found, layers=tuple(layers), shape=(n, len(layers), d))

@@ -17,7 +17,7 @@ from interp_vlm.probes import measures
 from interp_vlm.probes.baselines import Columns, control_labels, side_baselines
 from interp_vlm.probes.estimators import score_fold_with
 from interp_vlm.probes.folds import Split, permuted, split, unmoved
-from interp_vlm.probes.inputs import Activations, read
+from interp_vlm.probes.inputs import Activations, read, read_columns
 from interp_vlm.probes.logistic import C_PATH
 from interp_vlm.probes.nested import score_fold
 from interp_vlm.probes.report import Baseline, ProbeReport
@@ -33,10 +33,11 @@ TRUE, SHUFFLED, CONTROL = 0, 1, 2  # the targets of every fold
 
 def probe_layers(
     activations: Any,
-    labels: ArrayLike,
+    labels: ArrayLike | None = None,
     groups: ArrayLike | Sequence[Any] | None = None,
     *,
     position: str | None = None,
+    position_index: int | None = None,
     site: str | None = None,
     layers: Sequence[int] | None = None,
     confidence: ArrayLike | None = None,
@@ -67,13 +68,16 @@ def probe_layers(
     what the training part shows by chance, the test part shows the other way round.
 
     Args:
-        activations: (n, layer, d) array or tensor, or a `Cache` with one position of each example.
-        labels: (n,) booleans, True where the answer is right.
+        activations: (n, layer, d) array or tensor, a `Cache` with one position of each example, or an `iv.store`, of
+            which one layer at a time is in memory. float64 is worked on as such, anything shorter in float32.
+        labels: (n,) booleans, True where the answer is right. A store knows them, and the groups, confidence, answers
+            and questions, which are taken from its index where they are not given.
         groups: (n,) pictures; without them every example is its own group.
         position: "before_answer" or "after_answer": whether the activations were read before or after the first answer
-            token. Needed for arrays; a cache holds the prompt.
-        site: which site of the cache; for an array its name in the report.
-        layers: layers of the cache to probe, or the numbers of the array's layers.
+            token. Needed for arrays; caches and stores hold the prompt.
+        position_index: which of several positions of each example in a store; negative ones count from its last.
+        site: which site of the cache or store; for an array its name in the report.
+        layers: layers of the cache or store to probe, or the numbers of the array's layers.
         confidence: (n,) the output's confidence, a score that needs no fit.
         answers: (n,) predicted answers.
         questions: (n,) questions.
@@ -108,11 +112,14 @@ def probe_layers(
     permutations = (199 if probe == "l2" else 0) if permutations is None else permutations
     if not len(C) or min(C) <= 0.0:
         raise DataError(f"C is {list(C)}", expected="positive numbers, such as [0.01, 0.1, 1.0]")
-    found = read(activations, site, layers, position)
+    found = read(activations, site, layers, position, position_index)
     n = len(found)
-    right = as_classes(labels, "labels", n)
-    codes, _ = as_groups(groups, n)
-    side = Columns.checked(n, confidence, answers, questions, answer_lengths, types)
+    known = read_columns(
+        activations, labels=labels, groups=groups, confidence=confidence, answers=answers, questions=questions
+    )
+    right = as_classes(known["labels"], "labels", n)
+    codes, _ = as_groups(known["groups"], n)
+    side = Columns.checked(n, known["confidence"], known["answers"], known["questions"], answer_lengths, types)
     plan = split(right, codes, folds, inner_folds, seed)
 
     rng = np.random.default_rng(seed)

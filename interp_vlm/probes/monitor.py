@@ -163,22 +163,20 @@ class ReliabilityMonitor:
         Raises:
             DataError: another width, or NaN.
         """
-        from scipy.special import expit
-
         values = torch.as_tensor(hidden).detach()
         if values.ndim != 2 or values.shape[1] != len(self.weights):
             raise DataError(
                 f"hidden states of shape {tuple(values.shape)}",
                 expected=f"(example, {len(self.weights)}), {self.site!r} of layer {self.layer}",
             )
-        logits = values.to("cpu", torch.float64).numpy() @ self.weights + self.intercept
-        if bad := int((~np.isfinite(logits)).sum()):
+        logits = values.to("cpu", torch.float64) @ torch.from_numpy(self.weights) + self.intercept
+        if bad := int((~logits.isfinite()).sum()):
             raise DataError(
                 f"hidden states of {bad} of {len(logits)} examples hold NaN or infinite values",
                 expected="finite numbers",
                 remedy="load the model in bfloat16 or float32 (float16 overflows)",
             )
-        return expit(self.slope * logits + self.offset)
+        return torch.sigmoid(self.slope * logits + self.offset).numpy()
 
     def at_precision(
         self,

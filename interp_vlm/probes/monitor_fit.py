@@ -17,9 +17,8 @@ from interp_vlm.probes.inputs import read
 from interp_vlm.probes.logistic import reduce, solve
 from interp_vlm.probes.monitor import ReliabilityMonitor
 from interp_vlm.probes.nested import score_fold
-from interp_vlm.probes.scoring import width
+from interp_vlm.probes.scoring import refuse_elsewhere, width
 from interp_vlm.readouts.identity import identity_of
-from interp_vlm.sites import site as site_named
 
 if TYPE_CHECKING:
     from interp_vlm.probes.report import ProbeReport
@@ -54,19 +53,16 @@ def fit_monitor(
         what = "activations" if len(found) != n else "kinds"
         raise DataError(f"{what} of {count} examples", expected=f"the report's {n}")
     chosen = _layer(report, layer)
-    if chosen >= vlm.anatomy.n_layers or found.values.shape[2] != width(vlm, report.site):
+    if chosen >= vlm.anatomy.n_layers or found.shape[2] != width(vlm, report.site):
         raise ModelError(
-            f"the report is about layer {chosen} with {found.values.shape[2]} numbers",
+            f"the report is about layer {chosen} with {found.shape[2]} numbers",
             expected=f"{vlm.name}: layers 0 to {vlm.anatomy.n_layers - 1} with {width(vlm, report.site)}",
             remedy="give the model and the activations that were probed",
         )
     values, targets = found.layer(chosen), report.labels[:, None].astype(np.float64)
     _refuse_other_activations(report, chosen, values, targets, standardise)
     strength = sorted(C)[score_fold(values, values[:1], targets, report.folds, C, standardise=standardise).chosen[0]]
-    reduced = reduce(values, standardise=standardise)
-    whole = torch.as_tensor(targets).to(reduced.rows)
-    solved = solve(reduced, whole, torch.ones_like(whole), torch.tensor([strength]).to(reduced.rows))
-    weights, intercept = reduced.raw(*solved)
+    weights, intercept = _fitted(values, targets, strength, standardise)
     logits = report.layer_scores(chosen)
     slope, offset = platt(logits, report.labels)
     from scipy.special import expit
@@ -75,8 +71,8 @@ def fit_monitor(
         model=identity_of(vlm),
         site=report.site,
         layer=chosen,
-        weights=weights[:, 0].cpu().numpy(),
-        intercept=float(intercept[0]),
+        weights=weights,
+        intercept=intercept,
         slope=slope,
         offset=offset,
         C=float(strength),
@@ -115,6 +111,17 @@ def platt(logits: Float[np.ndarray, " example"], labels: Bool[np.ndarray, " exam
     return slope, offset
 
 
+def _fitted(
+    values: Float[Tensor, "example feature"], targets: Float[np.ndarray, "example 1"], C: float, standardise: bool
+) -> tuple[Float[np.ndarray, " feature"], float]:
+    """Coefficients and intercept of one probe, for the features as they are."""
+    reduced = reduce(values, standardise=standardise)
+    labels = torch.as_tensor(targets).to(reduced.rows)
+    solved = solve(reduced, labels, torch.ones_like(labels), torch.tensor([C]).to(reduced.rows))
+    weights, intercept = reduced.raw(*solved)
+    return weights[:, 0].cpu().numpy().astype(np.float64), float(intercept[0])
+
+
 def _refuse(report: ProbeReport, vlm: VLM) -> None:
     if report.saw_answer:
         raise DataError(
@@ -127,12 +134,13 @@ def _refuse(report: ProbeReport, vlm: VLM) -> None:
         raise DataError(
             f"the report is of a probe {report.probe!r}", expected="'l2'", remedy="call probe_layers(..., probe='l2')"
         )
-    if not report.site or site_named(report.site).part != "decoder" or site_named(report.site).axes[0] != "pos":
+    if not report.site:
         raise DataError(
-            f"the report's site is {report.site!r}",
-            expected="a site of the decoder, so that the monitor knows what to read",
-            remedy="pass site='resid_post' (or where it was captured) to probe_layers",
+            "the report does not say at which site the activations were read",
+            expected="a site, so that the monitor knows what to read",
+            remedy="pass site='resid_post' (or where they were captured) to probe_layers",
         )
+    refuse_elsewhere(report.site)
     if report.model and report.model != vlm.name:
         raise ModelError(
             f"the report is about {report.model}, the model is {vlm.name}",
@@ -164,11 +172,9 @@ def _refuse_other_activations(
 ) -> None:
     """One fold is fitted again: it must give the report's scores."""
     train, test = np.flatnonzero(report.folds != 0), np.flatnonzero(report.folds == 0)
-    strength = torch.tensor([report.C[report.layers.index(layer), 0]])
-    reduced = reduce(values[train], standardise=standardise)
-    labels = torch.as_tensor(targets[train]).to(reduced.rows)
-    a, b = solve(reduced, labels, torch.ones_like(labels), strength.to(reduced.rows))
-    again = (reduced.project(values[test]) @ a + b)[:, 0].cpu().numpy()
+    strength = float(report.C[report.layers.index(layer), 0])
+    weights, intercept = _fitted(values[train], targets[train], strength, standardise)
+    again = values[test].cpu().numpy() @ weights + intercept
     scores = report.layer_scores(layer)
     apart = float(np.abs(again - scores[test]).max())
     if not apart <= SAME * float(scores.std() + 1e-12):

@@ -61,22 +61,23 @@ def score_fold(
     """
     reduced = reduce(train, standardise=standardise)
     rows = reduced.rows
-    others = reduced.project(test)
     count, folds, strengths = targets.shape[1], int(inner.max()) + 1, sorted(C)
 
-    def fit(columns: np.ndarray, weights: Tensor, strength: np.ndarray) -> tuple[Tensor, Tensor]:
-        return solve(reduced, torch.as_tensor(columns).to(rows), weights, torch.as_tensor(strength).to(rows))
+    def fit(
+        columns: np.ndarray, weights: Tensor, strength: np.ndarray, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return solve(reduced, torch.as_tensor(columns).to(rows), weights, torch.as_tensor(strength).to(rows), start)
 
-    def scored(columns: np.ndarray, strength: np.ndarray) -> np.ndarray:
-        a, b = fit(columns, rows.new_ones(columns.shape), strength)
-        return (others @ a + b).cpu().numpy()
+    def scored(columns: np.ndarray, strength: np.ndarray, start: Tensor | None = None) -> np.ndarray:
+        solved = fit(columns, rows.new_ones(columns.shape), strength, start)
+        return reduced.scores(test, *solved).double().cpu().numpy()
 
     # one problem for each (target, C, inner fold), all solved together
     target, strength, fold = (axis.ravel() for axis in np.indices((count, len(strengths), folds)))
     kept = torch.as_tensor(inner[:, None] != fold).to(rows)
     a, b = fit(targets[:, target], kept, np.asarray(strengths)[strength])
     # every example is validated once for each (target, C): by the problem that left its inner fold out
-    logits = (rows @ a + b).cpu().numpy().reshape(len(rows), count, len(strengths), folds)
+    logits = (reduced.times(a) + b).double().cpu().numpy().reshape(len(rows), count, len(strengths), folds)
     validated = np.take_along_axis(logits, inner[:, None, None, None], axis=3)[..., 0]
     losses = np.logaddexp(0.0, -(2.0 * targets[:, :, None] - 1.0) * validated).mean(0)
     chosen = np.argmin(losses, axis=1)
@@ -84,4 +85,6 @@ def score_fold(
     null = np.empty((len(test), 0))
     if permutations is not None and permutations.shape[1]:
         null = scored(permutations, np.full(permutations.shape[1], permutation_C))
-    return FoldScores(scored(targets, np.asarray(strengths)[chosen]), chosen, inner_auroc, null)
+    # each example was in all problems of its target and C but one: their mean is close to the fit on all
+    near = a.reshape(len(a), count, len(strengths), folds).sum(3)[:, np.arange(count), chosen] / (folds - 1)
+    return FoldScores(scored(targets, np.asarray(strengths)[chosen], near), chosen, inner_auroc, null)

@@ -150,7 +150,8 @@ def precision_threshold(
     failed = np.flatnonzero(low < precision)
     passed = int(failed[0]) if len(failed) else len(thresholds)
     if passed == 0:
-        raise _unreachable(precision, confidence, thresholds[0], hits[0], accepted[0], low[0], len(values))
+        at = float(thresholds[0]), int(hits[0]), int(accepted[0]), float(low[0])
+        raise _unreachable(precision, confidence, *at, len(values))
     chosen = passed - 1
     return Threshold(
         float(thresholds[chosen]), "precision", precision, confidence, float(low[chosen]),

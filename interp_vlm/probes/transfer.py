@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from interp_vlm.errors import DataError
 from interp_vlm.probes import measures
 from interp_vlm.probes.folds import assign
-from interp_vlm.probes.inputs import read
+from interp_vlm.probes.inputs import read, read_columns
 from interp_vlm.probes.logistic import C_PATH
 from interp_vlm.probes.nested import score_fold
 from interp_vlm.stats import Estimate
@@ -91,11 +91,12 @@ class TransferReport:
 
 def probe_transfer(
     activations: Any,
-    labels: ArrayLike,
+    labels: ArrayLike | None,
     groups: ArrayLike | Sequence[Any] | None,
     kinds: Sequence[Hashable],
     *,
     position: str | None = None,
+    position_index: int | None = None,
     site: str | None = None,
     layers: Sequence[int] | None = None,
     C: Sequence[float] = C_PATH,
@@ -112,8 +113,8 @@ def probe_transfer(
     of one kind with itself are ordinary nested cross-validation, so that all cells of the table compare.
 
     Args:
-        activations: (n, layer, d) of all kinds together, or a `Cache` with one position of each example.
-        labels: (n,) booleans.
+        activations: (n, layer, d) of all kinds together, a `Cache` with one position of each example, or a store.
+        labels: (n,) booleans; of a store, None takes its own labels, and so for the groups.
         groups: (n,) pictures; different data sets need different names.
         kinds: (n,) the kind or data set of each example.
         position: see `probe_layers`; so are the other options.
@@ -123,10 +124,11 @@ def probe_transfer(
     """
     check_level(level)
     check_resamples(resamples)
-    found = read(activations, site, layers, position)
+    found = read(activations, site, layers, position, position_index)
     n = len(found)
-    right = as_classes(labels, "labels", n)
-    codes, _ = as_groups(groups, n)
+    known = read_columns(activations, labels=labels, groups=groups)
+    right = as_classes(known["labels"], "labels", n)
+    codes, _ = as_groups(known["groups"], n)
     if len(kinds) != n:
         raise DataError(f"kinds has {len(kinds)} values", expected=f"{n}, one for each example")
     names = tuple(dict.fromkeys(kinds))

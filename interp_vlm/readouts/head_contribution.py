@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from interp_vlm.interventions.cache import Cache
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
-__all__ = ["HeadContributions", "head_contributions"]
+__all__ = ["READ", "HeadContributions", "head_contributions", "heads_of"]
+
+READ = ("z", "attn_out", "resid_post")
+"""The sites that the parts are computed from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +139,11 @@ def head_contributions(
         >>> bool((split.heads.sum(dim=2) + split.bias - whole.attention).abs().max() < 1e-3)
         True
     """
-    cache = vlm.capture(batch, ["z", "attn_out", "resid_post"], positions)
+    return heads_of(vlm, batch, vlm.capture(batch, READ, positions), correct=correct, wrong=wrong)
+
+
+def heads_of(vlm: VLM, batch: Batch, cache: Cache, *, correct: Any = None, wrong: Any = None) -> HeadContributions:
+    """`head_contributions` from activations of the clean run that were captured already: at least the sites `READ`."""
     held = contrast(vlm.tokenizer, batch, vlm.run(batch).clean_logits, correct, wrong)
     _, _, direction, _ = margin._linear(vlm, held, cache["resid_post"])
     mixes, added = cache["z"], cache["attn_out"]
@@ -177,7 +185,7 @@ def _layer(vlm: VLM, block: nn.Module, mix: Tensor, direction: Tensor) -> tuple[
 
 
 def _scale(vlm: VLM, block: nn.Module, raw: Tensor) -> Tensor | float:
-    """The factor on each number between the output projection and the residual stream: a norm's gain and scale, or 1."""
+    """The factor on each number between the projection and the residual stream: a norm's gain and scale, or 1."""
     anatomy = vlm.anatomy
     if anatomy.attn_out == anatomy.attn:
         return 1.0

@@ -18,7 +18,7 @@ from interp_vlm.study.answered import answered
 from interp_vlm.study.encoding import batches, identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
-from interp_vlm.study.reliability_tables import SITE, summarise
+from interp_vlm.study.reliability_tables import SITE, sampling, summarise
 
 if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
@@ -35,9 +35,7 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     prompt and one position later, where the model has read its own answer.
     """
     vlm, settings = bench.vlm, bench.settings
-    # Settings saved before these could be chosen have the studied work's values.
-    how = {"k": getattr(settings, "samples", 10), "temperature": getattr(settings, "temperature", 0.7)}
-    how |= {"top_p": getattr(settings, "top_p", 0.9), "seed": settings.seed}
+    how = sampling(settings)
     rows = []
     for examples, batch in batches(vlm, shard.examples, settings.batch_size):
         run = vlm.run(batch)

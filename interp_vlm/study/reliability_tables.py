@@ -21,7 +21,7 @@ from interp_vlm.stats.resampling import METHOD
 from interp_vlm.study.settings import Settings
 from interp_vlm.study.tables import corrected, row, tidy
 
-__all__ = ["CURVES", "SIGNALS", "SITE", "summarise"]
+__all__ = ["ALL_AGREE", "CURVES", "SIGNALS", "SITE", "sampling", "summarise"]
 
 SITE = "resid_post"
 
@@ -47,6 +47,8 @@ SIGNALS = {
 
 CURVES = ("confidence", "agreement", "probe", "attention_peak")
 """The signals by which answers are withheld."""
+
+ALL_AGREE = "share where all samples agree"
 
 _PLAIN = ("confidence", "logit_certainty", "margin", "attention_entropy", "attention_clusters", "attention_peak")
 _CORRELATED = ("confidence", "logit_certainty", "attention_entropy", "attention_clusters")
@@ -84,13 +86,14 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     rows = rows.reset_index(drop=True)
     fitted = _fitted(rows, settings.seed)
     options = {"resamples": _RESAMPLES, "seed": settings.seed}
+    how = "{k} of each question, temperature {temperature:g}, top-p {top_p:g}".format(**sampling(settings))
     table: list[dict[str, Any]] = []
     for kind, part in _scopes(rows):
         facts = {"condition": part["condition"].iloc[0], "kind": kind, "signal": "", "judged": "", "layer": -1}
         facts["coverage"] = ""
         table += _accuracies(part, facts, options)
         table += _relations(part, fitted, facts, options)
-        table += _agreement(part, facts, options)
+        table += _agreement(part, facts, options, how)
         table += _against_confidence(part, fitted, facts, options)
         for name in CURVES:
             table += _abstention(part, fitted, {**facts, "signal": name}, options)
@@ -206,12 +209,21 @@ def _relation(
         yield _noted(row(r, "point-biserial correlation", "", **fact, **own), left_out)
 
 
-def _agreement(part: pd.DataFrame, facts: dict[str, Any], options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def sampling(settings: Settings) -> dict[str, Any]:
+    """How answers are sampled, as `self_consistency` takes it."""
+    return {
+        "k": settings.samples, "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed
+    }  # fmt: skip
+
+
+def _agreement(
+    part: pd.DataFrame, facts: dict[str, Any], options: dict[str, Any], how: str
+) -> Iterator[dict[str, Any]]:
     """How often all samples agree, and how often the answer is right then."""
     agreed = part["agreement"] == 1.0
     own = {**facts, "signal": "agreement"}
     share = mean(agreed, part["group"], **options)
-    yield row(share, "share where all samples agree", "%", scale=100, **own)
+    yield _noted(row(share, ALL_AGREE, "%", scale=100, **own), how)
     for judged, column in (("greedy", "correct"), ("majority", "majority_correct")):
         some = part[agreed]
         found = (

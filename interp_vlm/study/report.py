@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_vlm.study.folder import RunFolder, write_bytes
+from interp_vlm.study.sections.claims import ClaimSection
+from interp_vlm.study.sections.claims import section as claims_section
 from interp_vlm.study.sections.front import Card, front
 from interp_vlm.study.sections.section import Panel, Section
 from interp_vlm.study.sections.words import listed
@@ -57,7 +59,8 @@ def write_report(
         else:
             absent.append((name, experiment.absent if name not in tables else "no example could be used for it"))
     cards = front(tables, sections, names)
-    page = _page(settings, material, facts, cards, sections, absent, folder)
+    claims = claims_section(tables["claims"], names) if "claims" in tables else None
+    page = _page(settings, material, facts, cards, claims, sections, absent, folder)
     path = folder.path / "report.html"
     write_bytes(path, page.encode())
     return path
@@ -68,6 +71,7 @@ def _page(
     material: Material,
     facts: Mapping[str, Mapping[str, Any]],
     cards: Sequence[Card],
+    claims: ClaimSection | None,
     sections: Mapping[str, Section],
     absent: Sequence[tuple[str, str]],
     folder: RunFolder,
@@ -88,6 +92,8 @@ def _page(
         title=f"What the answers of {listed(names.values())} rest on",
         cards=[{**_shallow(card), "panel": _shown(card.panel, folder)} for card in cards],
         lead="" if cards else " ".join(section.summary for section in sections.values() if section.summary),
+        claims=claims,
+        names=list(names.values()),
         source=material.source,
         skipped=material.skipped,
         sections=shown,

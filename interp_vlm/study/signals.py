@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
     from interp_vlm.tokens.token_map import TokenMap
 
-__all__ = ["CORRECTED", "MEAN_LAYER", "MEASURES", "SHAPE", "SIGNALS"]
+__all__ = ["CORRECTED", "LAST", "MEAN_LAYER", "MEASURES", "QUARTER", "SHAPE", "SIGNALS", "STEP"]
 
 MEAN_LAYER = -1
 """The layer number of the attention averaged over all layers."""
@@ -42,6 +42,11 @@ SHAPE = ("entropy_normalised", "clusters", "max_attention")
 """The measures of attention's shape on which the answer rests, so that it allows for three chances to be wrong."""
 
 CORRECTED = "AUROC, interval corrected for three measures"
+
+QUARTER = "change of H_s over the first quarter of layers"
+LAST = "change of H_s at the last layer"
+STEP = "change of H_s from the layer before"
+"""How the entropy runs over the layers."""
 
 _OWN = ("condition", "kind", "measure", "sinks", "layer")
 
@@ -93,6 +98,8 @@ def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:
                     continue
                 own = {**facts, "measure": name, "sinks": "" if name == "confidence" else sinks, "layer": MEAN_LAYER}
                 table += _relations(whole[whole["sinks"] == sinks], name, own, settings, correlation=True)
+        if kind == "all":
+            table += _changes(part, {**facts, "measure": "entropy", "sinks": "with"}, settings)
         table.append(_sinks(whole, {**facts, "measure": "sinks", "sinks": "with", "layer": MEAN_LAYER}, settings))
         for layer, at in part[(part["layer"] >= 0) & (part["sinks"] == "with")].groupby("layer"):
             for name in SHAPE:
@@ -130,6 +137,25 @@ def _sinks(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> dict[
     return row(
         mean(once["sink_tokens"], once["group"], seed=settings.seed), "attention sinks on the picture", "tokens", **own
     )
+
+
+def _changes(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> Iterator[dict[str, Any]]:
+    """How H_s changes with depth: over the first quarter of the layers, at the last one, and from layer to layer."""
+    layers = part[(part["layer"] >= 0) & (part["sinks"] == "with")]
+    by_layer = layers.pivot(index="example", columns="layer", values="entropy")
+    groups = layers.drop_duplicates("example").set_index("example")["group"].reindex(by_layer.index)
+    depth = len(by_layer.columns)
+    quarter = max(1, round(depth / 4))
+    steps = [(QUARTER, 0, quarter), (LAST, depth - 2, depth - 1)]
+    steps += [(STEP, layer - 1, layer) for layer in range(1, depth)]
+    for quantity, before, layer in steps if depth > 1 else ():
+        change = by_layer[layer] - by_layer[before]
+        known = change.notna()
+        estimate = mean(change[known], groups[known], seed=settings.seed)
+        compared = {"baseline": 0.0, "compared": f"H_s in layer {before}"}
+        found = row(estimate, quantity, "nats", layer=layer, **own, **compared)
+        left_out = "" if known.all() else f"{int((~known).sum())} without a value left out"
+        yield {**found, "note": "; ".join(filter(None, (found["note"], left_out)))}
 
 
 def _levels(part: pd.DataFrame, own: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 The rule is one for all claims and was fixed before any result: *supported* where the 95 % interval lies inside the
 region, *contradicted* where it lies outside, *underpowered* where it crosses an edge. A claim that is false, or true by
-no margin, is then called supported in at most 2.5 % of studies; for a region around 0 this is the equivalence test by
-two one-sided tests at 2.5 % each (Schuirmann 1987). Parts of a claim must all hold, which keeps that bound
-(intersection-union, Berger 1982).
+no margin, is then called supported in 2.5 % of studies at most, as far as intervals cover 95 %; for a region around 0
+this is the equivalence test by two one-sided tests at 2.5 % each (Schuirmann 1987). Parts of a claim must all hold,
+which keeps that bound (intersection-union, Berger 1982).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ VERDICTS = ("supported", "contradicted", "underpowered", "not applicable")
 COLUMNS = (
     *("id", "statement", "model", "parameter", "setting", "verdict", "part", "value", "low", "high", "unit", "n"),
     *("groups", "n_needed", "groups_needed", "region_low", "region_high", "region", "rule", "published", "baseline"),
-    *("row", "parts", "reason", "note"),
+    *("chosen", "row", "parts", "reason", "note"),
 )
-"""Columns of the table of claims; `parameter` and `setting` are empty for the claim as it stands."""
+"""Columns of the table of claims; `parameter`, `setting` and `chosen` (the claim's own setting of that parameter) are
+empty for the claim as it stands."""
 
 LEVEL, POWER = 0.95, 0.8
 _NORMAL = NormalDist()
@@ -165,7 +166,7 @@ def _row(
         **dict(zip(("n_needed", "groups_needed"), map(_ceiling, needed), strict=True)),
         **{"region_low": part.region[0], "region_high": part.region[1], "region": region_text(part.region, part.unit)},
         **{"rule": part.reason, "published": _published(claim, part, str(known.get("family", "")))},
-        "row": found.row if found else "",
+        **{"chosen": claim.chosen.get(parameter, ""), "row": found.row if found else ""},
         "parts": "; ".join(map(_told, findings)) if len(findings) > 1 else "",
         **{"reason": reason, "note": claim.note},
     }
@@ -229,41 +230,39 @@ def _finding(part: Part, row: pd.Series, aside: Sequence[str]) -> _Finding:
     finding = _Finding(part, "not applicable", numbers, f"{part.table}: {what}")
     if row["unit"] != part.unit:
         return replace(finding, reason=f"the row is in {row['unit'] or 'no unit'}, the claim in {part.unit or 'none'}")
-    if math.isnan(row["value"]) or (math.isnan(row["low"]) and not _nothing_changed(row)):
-        return replace(finding, reason=str(row["note"]) or "no interval")
     if not math.isclose(row["level"], LEVEL):
         return replace(finding, reason=f"the row's interval is at {100 * row['level']:g} %, the rule at 95 %")
-    if _nothing_changed(row):
-        return _unchanged(finding, int(row["n"]), int(row["groups"]), aside)
-    verdict, needed = decide(row["low"], row["high"], part.region), {}
+    told, unchanged = list(aside), row["unit"] == "points" and row["value"] == 0.0 and row["groups"] > 1
+    low, high = row["low"], row["high"]
+    if unchanged and math.isnan(low):
+        low, high = _bound(int(row["groups"]))
+        told.append("no picture changed: exact binomial bound, pictures as trials")
+    if math.isnan(row["value"]) or math.isnan(low):
+        return replace(finding, reason=str(row["note"]) or "no interval")
+    verdict, needed = decide(low, high, part.region), {}
     if verdict == "underpowered":
-        factor = needed_factor(row["value"], row["low"], row["high"], part.region)
+        exact = unchanged and "exact binomial" in (row["method"] if math.isfinite(row["low"]) else told[-1])
+        factor = _exact_factor(high, part.region) if exact else needed_factor(row["value"], low, high, part.region)
         needed = {"n_needed": factor * float(row["n"]), "groups_needed": factor * float(row["groups"])}
-        aside = [*aside, *(["more examples than can be named: the estimate is on the edge"] if factor > _MOST else [])]
-    return replace(finding, verdict=verdict, reason="; ".join(aside), **needed)
+        told += ["more examples than can be named: the estimate is on the edge"] if factor > _MOST else []
+    numbers = {**numbers, "low": low, "high": high}
+    return replace(finding, verdict=verdict, numbers=numbers, reason="; ".join(told), **needed)
 
 
-def _nothing_changed(row: pd.Series) -> bool:
-    """Whether accuracy changed in no picture, so that resampling gives no interval."""
-    return row["unit"] == "points" and row["value"] == 0.0 and math.isnan(row["low"]) and row["groups"] > 1
-
-
-def _unchanged(finding: _Finding, n: int, groups: int, aside: Sequence[str]) -> _Finding:
-    """The exact bound where no picture's accuracy changed.
+def _bound(groups: int) -> tuple[float, float]:
+    """The exact bound, in points, where no picture's accuracy changed, so that resampling gives no interval.
 
     Were a share q of pictures to change, none of them would in `groups` with chance (1 - q)^groups; the largest q for
     which that is 2.5 % bounds the change, 100 q points either way (Clopper-Pearson; at worst all of a picture changes).
     """
-    tail = (1 - LEVEL) / 2
-    bound = 100 * (1 - tail ** (1 / groups))
-    told = [*aside, "no picture changed: exact binomial bound, pictures as trials"]
-    verdict, needed = decide(-bound, bound, finding.part.region), {}
-    if verdict == "underpowered":
-        edge = min(map(abs, finding.part.region)) / 100  # one end may be infinite: the other is then the nearer
-        factor = math.log(tail) / math.log(1 - edge) / groups if 0 < edge < 1 else math.inf
-        needed = {"n_needed": factor * n, "groups_needed": factor * groups}
-    numbers = {**finding.numbers, "low": -bound, "high": bound}
-    return replace(finding, verdict=verdict, numbers=numbers, reason="; ".join(told), **needed)
+    reach = 100 * (1 - ((1 - LEVEL) / 2) ** (1 / groups))
+    return -reach, reach
+
+
+def _exact_factor(reach: float, region: tuple[float, float]) -> float:
+    """How many times the data bring such a bound to the nearest edge; (1 - q)^trials is the same before and after."""
+    edge = min(map(abs, region)) / 100  # one end may be infinite: the other is then the nearer
+    return math.log1p(-reach / 100) / math.log1p(-edge) if 0 < edge < 1 else math.inf
 
 
 def _without(part: Part, reason: str) -> _Finding:
@@ -307,7 +306,8 @@ def _told(finding: _Finding) -> str:
     """A part with its numbers and verdict."""
     value, low, high = (finding.numbers[name] for name in ("value", "low", "high"))
     shown = "" if math.isnan(value) else f" {value:.3g}" + ("" if math.isnan(low) else f" [{low:.3g}, {high:.3g}]")
-    return f"{finding.part.name}:{shown} {finding.verdict}"
+    region = region_text(finding.part.region, finding.part.unit)
+    return f"{finding.part.name}:{shown}, true where {region}: {finding.verdict}"
 
 
 def _ceiling(number: float) -> Any:

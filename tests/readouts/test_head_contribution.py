@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -127,6 +128,6 @@ def test_frame_strength_top_and_plot(made):
     means = frame.assign(value=frame["value"].abs()).groupby(["layer", "head"])["value"].mean()
     assert split.top(4) == tuple(means.sort_values(ascending=False).index[:4])
     assert float(split.strength[1, 2]) == pytest.approx(means[1, 2])
-    image = split.plot().axes[0].images[0].get_array()
+    image = np.asarray(split.plot().axes[0].images[0].get_array())
     assert float(image[1, 2]) == pytest.approx(frame.groupby(["layer", "head"])["value"].mean()[1, 2])
     assert "strongest: layer" in repr(split)

@@ -10,7 +10,7 @@ from statsmodels.stats.power import TTestPower
 
 from interp_vlm import stats
 from interp_vlm.errors import DataError
-from interp_vlm.stats.classical import smallest_effect, smallest_margin
+from interp_vlm.stats import smallest_effect, smallest_margin
 
 
 @pytest.mark.parametrize(("n", "alpha", "power"), [(4, 0.05, 0.8), (12, 0.05, 0.8), (60, 0.01, 0.9), (400, 0.10, 0.5)])

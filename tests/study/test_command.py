@@ -41,6 +41,9 @@ def used(tmp_path):
         (["--workers", "0"], "workers is 0"),
         (["--batch-size", "-1"], "batch_size is -1"),
         (["--seed", "-1"], "seed is -1"),
+        (["--claims", "A99"], "no claim 'A99'"),
+        (["--claims", "all,A1"], "claims are 'all,A1'"),
+        (["--claims", "missing.toml"], "missing.toml cannot be read"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(monkeypatch, capsys, tmp_path, words, named):
@@ -65,6 +68,9 @@ def test_a_folder_in_use_needs_resume_and_the_same_settings(monkeypatch, capsys,
     code, _, err = _run(monkeypatch, capsys, *words, "--limit", "13", "--resume")
     assert (code, err.count("\n")) == (2, 1)
     assert "limit was 12 and is 13" in err
+    code, _, err = _run(monkeypatch, capsys, *words, "--limit", "12", "--claims", "A1,A9", "--resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "claims was all and is A1, A9" in err
     code, _, err = _run(monkeypatch, capsys, "study", "--resume")
     assert code == 2
     assert "--out" in err

@@ -15,7 +15,7 @@ from interp_vlm.study.settings import Settings
 
 SETTINGS = Settings(models=("testbed:llava",), limit=18, seed=3)
 MAIN = "from interp_vlm.cli import main; main()"
-EXPERIMENTS = 5
+EXPERIMENTS = len(SETTINGS.experiments)
 
 
 def _command(folder: Path, workers: int, resume: bool) -> list[str]:

@@ -21,6 +21,13 @@ from interp_vlm.study.settings import Settings, short_names
         ({"window": 0}, "window is 0"),
         ({"fraction": 1.0}, "fraction is 1.0"),
         ({"fraction": float("nan")}, "fraction is nan"),
+        ({"samples": 1}, "samples is 1"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"claims": ()}, "claims are ''"),
+        ({"claims": ("none", "A1")}, "claims are 'none,A1'"),
     ],
 )
 def test_senseless_settings_are_refused(wrong, named):
@@ -33,9 +40,10 @@ def test_senseless_settings_are_refused(wrong, named):
     seed=st.integers(0, 2**32),
     data=st.text(max_size=20),
     models=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=4, unique=True),
+    claims=st.sampled_from([("all",), ("none",), ("A1", "A9"), ("my claims/one.toml",)]),
 )
-def test_saved_settings_read_back_equal(limit, seed, data, models):
-    settings = Settings(models=tuple(models), data=data, limit=limit, seed=seed)
+def test_saved_settings_read_back_equal(limit, seed, data, models, claims):
+    settings = Settings(models=tuple(models), data=data, limit=limit, seed=seed, claims=claims)
     assert Settings.from_json(settings.as_json()) == settings
     assert Settings.from_json(settings.as_json()).differences(settings) == []
 

@@ -69,13 +69,20 @@ def test_accuracy(table, examples):
 
 def test_signals(table, examples):
     rows, found = examples("signals"), table("signals")
-    checked = 0
+    checked, changes = 0, []
     for _, line in found.iterrows():
         if line["quantity"] == "attention sinks on the picture":
             assert line["value"] == 0
             continue
-        part = rows[(rows["model"] == line["model"]) & (rows["layer"] == line["layer"])]
-        part = part[part["sinks"] == (line["sinks"] or "with")]
+        own = where(rows, model=line["model"], sinks=line["sinks"] or "with")
+        part = own[own["layer"] == line["layer"]]
+        if line["quantity"].startswith("change of H_s"):
+            before = 0 if "first quarter" in line["quantity"] else line["layer"] - 1
+            means = own.groupby("layer")["entropy"].mean()
+            assert line["value"] == pytest.approx(means[line["layer"]] - means[before])
+            assert (line["n"], line["groups"]) == (len(part), part["group"].nunique())
+            changes.append((line["quantity"], line["layer"]))
+            continue
         part = part if line["kind"] == "all" else part[part["kind"] == line["kind"]]
         score, right = part[line["measure"]].to_numpy(dtype=float), part["correct"].to_numpy(dtype=bool)
         if line["quantity"].startswith("AUROC"):
@@ -88,6 +95,8 @@ def test_signals(table, examples):
             assert line["n"] == wanted.sum()
         checked += 1
     assert checked > 100
+    depth = [("change of H_s over the first quarter of layers", 1), ("change of H_s at the last layer", 3)]
+    assert changes == 2 * [*depth, *(("change of H_s from the layer before", layer) for layer in (1, 2, 3))]
 
 
 def test_masking(table, examples):

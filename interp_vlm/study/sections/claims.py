@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -15,13 +15,14 @@ from interp_vlm.study.verdict import VERDICTS
 __all__ = ["Cell", "ClaimSection", "Line", "section"]
 
 _METHOD = """Each claim is a file that fixes beforehand which number it is about and the region in which it is true.
-Supported: the 95 % interval lies inside that region; contradicted: it lies outside; underpowered: it crosses an edge,
-with the number of questions that would decide it in four of five studies if the estimate were the truth; not
-applicable: the data or the model do not allow it, or the claim speaks of other models. A claim that is false is called
-supported in at most 2.5 % of studies. Claims of no relation or no cost have a region around 0, which makes the rule
-the equivalence test (two one-sided tests). Of several parts all must hold; the numbers are then those of the part that
-decides. What the published text leaves open was run in every way named; those rows have verdicts of their own.
-Verdicts of many claims are not corrected for their number: each stands for itself."""
+Supported: the 95 % interval lies inside that region; contradicted: it lies outside; underpowered: it crosses
+an edge, with the number of questions that would decide it in four of five studies if the estimate were the
+truth; not applicable: the data or the model do not allow it, or the claim speaks of other models. A claim
+that is false is called supported in about one study of forty at most. Claims of no relation or no cost have a
+region around 0, which makes the rule the equivalence test (two one-sided tests). Of several parts all must
+hold; the numbers are then those of the part that decides. What the published text leaves open was run in
+every way named; those rows have verdicts of their own. Verdicts of many claims are not corrected for their
+number: each stands for itself."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Cell:
         effect: value, interval, unit and n.
         published: the published figure.
         detail: what is needed, or why there is no verdict.
+        parts: where there are several, each with its numbers, region and verdict.
     """
 
     verdict: str = ""
     effect: str = ""
     published: str = ""
     detail: str = ""
+    parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "; ".join(filter(None, (self.verdict, self.effect, self.detail, self.published)))
@@ -95,7 +98,7 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> ClaimSection:
         facts=(
             ("rule", "95 % interval inside the region in which the claim is true: supported; outside: contradicted"),
             ("power", "n needed: questions for a power of 80 %, if the estimate were the truth"),
-            ("claims", f"{counted(len(lines), 'claim')}, {counted(len(others), 'alternative')}"),
+            ("claims", f"{counted(len(lines), 'claim')}, {counted(_count(table), 'alternative setting')}"),
         ),
         method=_METHOD,
         table=(heads, tuple((line.id, line.lead, line.rule, *map(str, line.cells)) for line in lines)),
@@ -103,6 +106,10 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> ClaimSection:
         lines=lines,
         alternatives=others,
     )
+
+
+def _count(table: pd.DataFrame) -> int:
+    return int((table[["id", "parameter", "setting"]].drop_duplicates()["parameter"] != "").sum())
 
 
 def _line(rows: pd.DataFrame, lead: str, models: Sequence[str]) -> Line:
@@ -114,14 +121,22 @@ def _line(rows: pd.DataFrame, lead: str, models: Sequence[str]) -> Line:
 
 
 def _alternatives(table: pd.DataFrame, models: Sequence[str]) -> Iterator[Line]:
-    for (_, parameter, setting), rows in table.groupby(["id", "parameter", "setting"], sort=False):
-        if parameter:
-            yield _line(rows, f"{parameter}: {setting}", models)
+    """For each parameter that is left open, the claim as it stands and then every other setting, without the note."""
+    shown = set()
+    for (name, parameter, setting), rows in table.groupby(["id", "parameter", "setting"], sort=False):
+        if not parameter:
+            continue
+        if (name, parameter) not in shown:
+            shown.add((name, parameter))
+            chosen = f"{parameter}: {rows['chosen'].iloc[0]} (as above)"
+            yield replace(_line(where(table, id=name, parameter=""), chosen, models), note="")
+        yield replace(_line(rows, f"{parameter}: {setting}", models), note="")
 
 
 def _cell(row: pd.Series) -> Cell:
     published = f"published: {_minus(str(row['published']))}" if row["published"] else ""
-    return Cell(str(row["verdict"]), _effect(row), published, _detail(row))
+    parts = tuple(_minus(part) for part in str(row["parts"]).split("; ") if part)
+    return Cell(str(row["verdict"]), _effect(row), published, _detail(row), parts)
 
 
 def _effect(row: pd.Series) -> str:

@@ -21,7 +21,7 @@ from interp_vlm.study.sections.words import (
     span,
     text,
 )  # fmt: skip
-from interp_vlm.study.signals import CORRECTED, MEAN_LAYER, MEASURES, SHAPE
+from interp_vlm.study.signals import CORRECTED, LAST, MEAN_LAYER, MEASURES, QUARTER, SHAPE
 
 __all__ = ["section"]
 
@@ -47,7 +47,7 @@ def section(table: pd.DataFrame, models: Sequence[str]) -> Section:
         title="Does the shape of attention tell right answers from wrong ones?",
         question=f"Do spread (Hₛ), clusters (Cₖ) and peak of the attention on the picture predict correctness, {over}?",
         answer=_answer(overall),
-        points=tuple(_points(scope, models)),
+        points=(*_points(scope, models), *_depth(table, models)),
         facts=(
             (
                 "n",
@@ -120,6 +120,19 @@ def _points(scope: pd.DataFrame, models: Sequence[str]) -> Iterator[str]:
             row = _farthest(own)
             doubt = f"the best of {len(own)} layers, so partly luck" if excludes(row, 0.5) else "no evidence"
             yield f"{model}: taken alone, layer {row['layer']} has the most telling Hₛ, AUROC {span(row, 2)} ({doubt})."
+
+
+def _depth(table: pd.DataFrame, models: Sequence[str]) -> Iterator[str]:
+    """How the spread of attention changes with depth, over all questions."""
+    for model in models:
+        rows = [one(table, model=model, kind="all", quantity=quantity) for quantity in (QUARTER, LAST)]
+        if all(row is not None for row in rows):
+            early, late = (
+                span(row, 2, "nats") + ("" if excludes(row, 0) else " (no evidence of a change)")
+                for row in rows
+                if row is not None
+            )
+            yield f"{model}: over the first quarter of the layers Hₛ changes by {early}, at the last layer by {late}."
 
 
 def _errors(scope: pd.DataFrame) -> str:
