@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from interp_vlm.engine.full import alone, alongside, visit
 from interp_vlm.engine.place import resolve, selected
-from interp_vlm.engine.plan import Plan, plan
+from interp_vlm.engine.memory import Budget
+from interp_vlm.engine.plan import Plan
 from interp_vlm.engine.receipts import Receipt, refuse_without_effect
 from interp_vlm.engine.runner import Engine, Outcome
 from interp_vlm.engine.sweep import Sweep
@@ -187,6 +188,7 @@ class VLM:
         metric: Metric = logit_difference,
         *,
         engine: str = "auto",
+        memory: Budget = None,
         progress: Callable[[int], None] | None = None,
     ) -> Sweep:
         """Run many interventions on the same examples; see `interp_vlm.sweep`."""
@@ -195,23 +197,23 @@ class VLM:
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]
         for batch in batches:
-            clean = self._engine.clean(batch).logits
-            context = MetricContext(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)
-            baselines.append(metric(clean, context))
-            column = []
-            for number, group in enumerate(groups):
-                outcome = self._engine.run(batch, group, engine)
+            column: dict[int, Tensor] = {}
+            for number, outcome in self._engine.runs(batch, groups, engine, memory):
+                context = MetricContext(clean_logits=outcome.clean_logits, batch=batch, tokenizer=self.tokenizer)
                 receipts[number].extend(outcome.receipts)
-                column.append(metric(outcome.logits, context))
+                column[number] = metric(outcome.logits, context)
                 if progress is not None:
                     progress(len(batch))
-            values.append(torch.stack(column) if column else clean.new_empty(0, len(batch)))
+            clean = self._engine.clean(batch).logits
+            baselines.append(metric(clean, MetricContext(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)))
+            rows = [column[number] for number in range(len(groups))]
+            values.append(torch.stack(rows) if rows else clean.new_empty(0, len(batch)))
         name = getattr(metric, "__name__", type(metric).__name__)
         return Sweep(groups, torch.cat(values, dim=1), torch.cat(baselines), name, tuple(map(tuple, receipts)))
 
     def plan(self, batch: Batch, interventions: Intervention | Sequence[Intervention], engine: str = "auto") -> Plan:
         """How the engine would run these interventions; `plan(...).explain()` says it in words."""
-        return plan(batch, _listed(interventions), self.anatomy.n_layers, engine)
+        return self._engine.plan(batch, _listed(interventions), engine)
 
     def positions(self, batch: Batch, selector: Any) -> list[Int[Tensor, " found"]]:
         """The positions that a selector names in each example, measured on the clean run where it needs evidence."""

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from nnsight import NNsight
 from torch import Tensor
 
+from interp_vlm.engine.prefix import Prefix
 from interp_vlm.errors import InterventionError
 from interp_vlm.models.anatomy import Anatomy
 
@@ -28,6 +29,7 @@ class AttentionInputs:
         keep: the mask, True where attention is allowed, or None when the module was left to be causal by itself.
         cos, sin: rotary position embeddings.
         q, k, v: outputs of the projections, before q/k norms and rotary embedding.
+        before: keys (rotated) and values that come before those of the rows computed here, or None.
     """
 
     keep: Bool[Tensor, "#batch heads query key"] | None
@@ -36,6 +38,7 @@ class AttentionInputs:
     q: Float[Tensor, "batch pos q_width"]
     k: Float[Tensor, "batch pos kv_width"]
     v: Float[Tensor, "batch pos kv_width"]
+    before: tuple[Float[Tensor, "batch head prior d_head"], Float[Tensor, "batch head prior d_head"]] | None = None
 
 
 class Access:
@@ -144,7 +147,13 @@ class Access:
         found, (cos, sin) = kwargs["attention_mask"], kwargs["position_embeddings"]
         keep = None if found is None else as_keep(found, kwargs["hidden_states"], None, layer)
         q, k, v = (self._attn(layer, name).output for name in (self.anatomy.q, self.anatomy.k, self.anatomy.v))
-        return AttentionInputs(keep, cos, sin, q, k, v)
+        past = kwargs.get("past_key_values")
+        return AttentionInputs(keep, cos, sin, q, k, v, past.before(layer) if isinstance(past, Prefix) else None)
+
+    def read_call(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments of a decoder layer, without its key-value cache."""
+        _, kwargs = self.layer(layer).inputs
+        return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
 
     # -- image side ------------------------------------------------------------------------------------------------
 

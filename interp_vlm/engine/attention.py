@@ -35,7 +35,9 @@ def rebuild(
     q, k = _rotate(q, inputs.cos, inputs.sin), _rotate(k, inputs.cos, inputs.sin)
     example = torch.arange(len(rows), device=rows.device)[:, None]
     q = q[example, rows].transpose(1, 2)
-    k = k.transpose(1, 2).repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
+    k = k.transpose(1, 2)
+    k = k if inputs.before is None else torch.cat([inputs.before[0], k], dim=2)
+    k = k.repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
     scores = q @ k.transpose(-1, -2) * anatomy.scaling
     if anatomy.softcap is not None:
         scores = torch.tanh(scores / anatomy.softcap) * anatomy.softcap
@@ -52,10 +54,11 @@ def rebuild(
 
 
 def mix(
-    weights: Float[Tensor, "batch head row key"], v: Float[Tensor, "batch key width"], anatomy: Anatomy
+    weights: Float[Tensor, "batch head row key"], inputs: AttentionInputs, anatomy: Anatomy
 ) -> Float[Tensor, "batch row head d_head"]:
     """What the weights make of the values: the site `z`, as the rebuilt weights explain it."""
-    values = v.unflatten(-1, (anatomy.n_kv_heads, anatomy.d_head)).transpose(1, 2)
+    values = inputs.v.unflatten(-1, (anatomy.n_kv_heads, anatomy.d_head)).transpose(1, 2)
+    values = values if inputs.before is None else torch.cat([inputs.before[1], values], dim=2)
     values = values.repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
     return (weights @ values).transpose(1, 2)
 

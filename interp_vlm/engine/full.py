@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
 from interp_vlm.sites import SITES
 
-__all__ = ["Program", "Recording", "alone", "alongside", "forward", "generate", "visit"]
+__all__ = ["Program", "Recording", "alone", "alongside", "forward", "generate", "visit", "walk"]
 
 # nnsight's interleaver and Python's trace function belong to one run at a time.
 _LOCK = threading.RLock()
@@ -60,12 +60,14 @@ class Program:
         edits: interventions resolved in the batch, in the order in which they apply to the same cells.
         captures: layers to record, by site.
         attention: layers whose attention inputs are recorded, for rebuilding weights.
+        calls: layers whose keyword arguments are recorded.
         keep: reduces a captured value to what was asked for, by site.
     """
 
     edits: Sequence[ResolvedPlace] = ()
     captures: Mapping[str, Iterable[int]] = field(default_factory=dict)
     attention: frozenset[int] = frozenset()
+    calls: frozenset[int] = frozenset()
     keep: Callable[[str, Tensor], Tensor] = lambda site, value: value
 
     def visits(self) -> list[tuple[tuple[int, int, int], str, int]]:
@@ -73,6 +75,7 @@ class Program:
         stops = {(edit.site.name, layer) for edit in self.edits for layer in edit.layers}
         stops |= {(site, layer) for site, layers in self.captures.items() for layer in layers}
         stops |= {("pattern", layer) for layer in self.attention}
+        stops |= {(_CALL, layer) for layer in self.calls}
         return sorted(((_rank(site, layer), site, layer) for site, layer in stops), key=lambda stop: stop[0])
 
 
@@ -84,14 +87,21 @@ class Recording:
         logits: (batch, pos, vocab).
         values: captured values by (site, layer).
         attention: what each attention layer received and projected.
+        calls: the keyword arguments of each decoder layer.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | None = None
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    calls: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+
+
+_CALL = "call"  # no site: how a decoder layer was called
 
 
 def _rank(site: str, layer: int) -> tuple[int, int, int]:
+    if site == _CALL:
+        return 2, layer, -1
     part = {"vision": 0, "projector": 1, "decoder": 2}[SITES[site].part]
     return part, layer, SITES[site].order
 
@@ -108,17 +118,20 @@ def forward(root: NNsight, access: Access, inputs: Mapping[str, Tensor], program
     recording = Recording()
     stops = program.visits()
     with alone("a run"), torch.no_grad(), root.trace(**dict[str, Any](inputs)):
-        _walk(access, program, stops, recording)
+        walk(access, program, stops, recording)
         recording.logits = access.read_logits()
     return recording
 
 
-def _walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]], recording: Recording) -> None:
+def walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]], recording: Recording) -> None:
     edits: dict[tuple[str, int], list[ResolvedPlace]] = defaultdict(list)
     for edit in program.edits:
         for layer in edit.layers:
             edits[edit.site.name, layer].append(edit)
     for _, site, layer in stops:
+        if site == _CALL:
+            recording.calls[layer] = access.read_call(layer)
+            continue
         if site == "pattern":
             recording.attention[layer] = access.read_attention(layer)
             continue
@@ -132,6 +145,7 @@ def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace])
     value = access.read(site, layer)
     if not edits:
         return value
+    value = edits[0].prepared(value)
     for edit in edits:
         value = edit.edit(value, layer)
     access.write(site, layer, value)
@@ -189,16 +203,16 @@ def generate(
         # Generation may end before the last step; that is no fault of the loop.
         warnings.filterwarnings("ignore", message=".*was never reached.*")
         with root.trace(fn=capture, **dict[str, Any](inputs)) as tracer:
-            _generation_walk(access, programs, tracer, last)
+            _generationwalk(access, programs, tracer, last)
     return returned[0]
 
 
-def _generation_walk(access: Access, programs: Sequence[Program], tracer: Any, last: int) -> None:
+def _generationwalk(access: Access, programs: Sequence[Program], tracer: Any, last: int) -> None:
     stops = [program.visits() for program in programs]
     for step in tracer.iter[0:last]:
         which = min(step, 1)
         if stops[which]:
-            _walk(access, programs[which], stops[which], Recording())
+            walk(access, programs[which], stops[which], Recording())
 
 
 def _during(edits: Sequence[ResolvedPlace], step: int) -> Program:
@@ -208,21 +222,9 @@ def _during(edits: Sequence[ResolvedPlace], step: int) -> Program:
 
 
 def _on_new_token(edit: ResolvedPlace) -> ResolvedPlace:
-    """The same intervention on the one row that a generation step computes."""
-    batch = len(edit.batch)
-    row = torch.ones(batch, 1, dtype=torch.bool, device=edit.selected.device)
-    return GeneratedPlace(edit.intervention, edit.batch, row, edit.keys, edit.layers, edit.n_heads, edit.clean_values)
-
-
-@dataclass(eq=False)
-class GeneratedPlace(ResolvedPlace):
-    """A place on a generated token; keys still name the prompt's positions."""
-
-    def edit(self, value: Tensor, layer: int) -> Tensor:
-        if self.keys is not None and self.keys.shape[1] < value.shape[-1]:
-            new = value.shape[-1] - self.keys.shape[1]
-            self.keys = torch.cat([self.keys, self.keys.new_zeros(len(self.keys), new)], dim=1)
-        return super().edit(value, layer)
+    """The same intervention on the one row that a generation step computes; keys still name the prompt's positions."""
+    row = torch.ones(len(edit.batch), 1, dtype=torch.bool, device=edit.selected.device)
+    return replace(edit, here=row)
 
 
 def answer_rows(logits: Float[Tensor, "batch pos vocab"], last: Int[Tensor, " batch"]) -> Float[Tensor, "batch vocab"]:

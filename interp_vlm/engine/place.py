@@ -46,6 +46,7 @@ class ResolvedPlace:
         clean_values: values of the run without interventions by layer, where the intervention needs them.
         rows: the rows of the site's value, once it was seen.
         changed: cells or edges changed so far.
+        here: `selected` among the rows that are computed, where those are not all rows of the batch.
     """
 
     intervention: Intervention
@@ -57,6 +58,7 @@ class ResolvedPlace:
     clean_values: dict[int, Tensor] = field(default_factory=dict)
     rows: Rows | None = None
     changed: int = 0
+    here: Bool[Tensor, "batch row"] | None = None
 
     @property
     def site(self) -> Site:
@@ -80,28 +82,44 @@ class ResolvedPlace:
         value = self.clean_values[layer]
         return Rows.of(self.batch, self.site, self.selected if selected is None else selected, value).take(value)
 
+    def prepared(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """The value as the first of several edits takes it."""
+        return value
+
     def edit(self, value: Shaped[Tensor, "..."], layer: int) -> Shaped[Tensor, "..."]:
         """The value of the site with this intervention made in it, and the number of cells that changed noted."""
         self._refuse_other_rows(value)
         if isinstance(self.intervention, AttentionKnockout):
-            assert self.keys is not None
-            new = self.intervention.block(value, self.selected, self.keys, self.n_heads)
+            new = self.intervention.block(value, self._rows_here, self.key_mask(value.shape[-1]), self.n_heads)
             removed = int((value & ~new).sum())
             # One shared row of the mask stands for every head.
             self.changed += removed * (self.n_heads if new.shape[1] == 1 else 1)
             return new
         assert isinstance(self.intervention, CellIntervention)
-        self.rows = Rows.of(self.batch, self.site, self.selected, value)
+        self.rows = Rows.of(self.batch, self.site, self._rows_here, value)
         old = self.rows.take(value)
         rows = self.intervention.rewrite(old, layer, self)
         self.changed += int((rows != old).sum())
         return self.rows.put(value, rows)
 
+    def key_mask(self, width: int) -> Bool[Tensor, "batch key"]:
+        """The keys of a knockout among the `width` keys that the computed rows may attend: further ones are new."""
+        assert self.keys is not None, "only a knockout has keys"
+        return torch.nn.functional.pad(self.keys, (0, width - self.keys.shape[1]))
+
+    def query_rows(self) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
+        """The rows acted on among those that are computed, padded to the longest example, and which are real."""
+        return padded_positions(self._rows_here)
+
+    @property
+    def _rows_here(self) -> Bool[Tensor, "batch row"]:
+        return self.selected if self.here is None else self.here
+
     def _refuse_other_rows(self, value: Shaped[Tensor, "..."]) -> None:
         """A pass over other rows than those of the batch (beams, no key-value cache) must not be edited half."""
         if self.site.part == "vision":
             return
-        batch, rows = self.selected.shape
+        batch, rows = self._rows_here.shape
         found = (len(value), value.shape[-2]) if self.site.name == "attn_mask" else tuple(value.shape[:2])
         if found != (batch, rows) and not (self.site.name == "attn_mask" and found == (1, rows)):
             raise InterventionError(
@@ -261,7 +279,13 @@ def padded_positions(mask: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, "batc
 
 
 def resolve(
-    intervention: Intervention, batch: Batch, anatomy: Anatomy, evidence: Evidence, *, generating: bool = False
+    intervention: Intervention,
+    batch: Batch,
+    anatomy: Anatomy,
+    evidence: Evidence,
+    *,
+    generating: bool = False,
+    known: dict[Selector, Bool[Tensor, "batch pos"]] | None = None,
 ) -> ResolvedPlace:
     """Find where an intervention acts in a batch, and refuse one that cannot reach the answer.
 
@@ -271,6 +295,7 @@ def resolve(
         anatomy: the model's facts.
         evidence: scores per position for selectors that need them.
         generating: whether tokens are generated after the prompt.
+        known: selections made in this batch so far, to share and to add to.
 
     Raises:
         InterventionError: for layers or heads out of range, a selection that is empty in some example, an edit that
@@ -292,7 +317,11 @@ def resolve(
         raise InterventionError(
             f"{intervention!r} acts on generated tokens, which have no picture", expected="during='prompt'"
         )
-    masks = [selected(batch, selector, evidence) for selector in intervention.selectors]
+    known = {} if known is None else known
+    for selector in intervention.selectors:
+        if selector not in known:
+            known[selector] = selected(batch, selector, evidence)
+    masks = [known[selector] for selector in intervention.selectors]
     if not intervention.allow_empty:
         for selector, mask in zip(intervention.selectors, masks, strict=True):
             _refuse_empty(intervention, selector, mask, batch)

@@ -1,48 +1,146 @@
-"""Plans: how much of the model an intervention makes the engine recompute, and why."""
+"""Plans: how much of the model an intervention makes the engine recompute, and why.
+
+What an intervention can change is read from the masks that attention received, not from a family's name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from interp_vlm.engine.place import ResolvedPlace
+from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import Intervention
 from interp_vlm.tokens.batch import Batch
 
-__all__ = ["ENGINES", "Plan", "plan"]
+__all__ = ["ENGINES", "Plan", "check_engine", "choose"]
 
-ENGINES = ("auto", "full")
+ENGINES = ("auto", "last_row", "suffix", "resume", "full")
+"""What `engine=` may be: "auto" takes the smallest plan that is exact."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The engine's choice for a list of interventions on a batch.
+    """The engine's choice for interventions that run together on a batch.
 
     Attributes:
-        name: "full" runs the whole model once for the list.
-        rows: token rows computed per layer.
+        name: "last_row", "suffix", "resume" or "full".
+        rows: token rows computed in each layer, of all examples.
         layers: decoder layers computed.
+        layer: the first of them.
+        start: the first position computed.
         reason: why this plan, in words.
+        memory: bytes that are kept of the run without interventions.
     """
 
     name: str
     rows: int
     layers: int
+    layer: int
+    start: int
     reason: str
+    memory: int = 0
 
     def explain(self) -> str:
         """The plan in a sentence."""
-        return f"{self.name}: {self.rows} token rows through {self.layers} layers, because {self.reason}"
+        kept = f", {self.memory / 2**20:.1f} MiB kept of the run without interventions" if self.memory else ""
+        return f"{self.name}: {self.rows} token rows through {self.layers} layers{kept}, because {self.reason}"
 
 
-def plan(batch: Batch, interventions: Sequence[Intervention], n_layers: int, engine: str = "auto") -> Plan:
-    """Choose the plan for a list of interventions.
-
-    Raises:
-        InterventionError: for an engine that does not exist.
-    """
+def check_engine(engine: str) -> None:
+    """Refuse an engine that does not exist."""
     if engine not in ENGINES:
         raise InterventionError(f"engine={engine!r}", expected=" or ".join(map(repr, ENGINES)))
-    rows = batch.inputs["input_ids"].numel()
-    reason = "it was asked for" if engine == "full" else "every intervention runs through the whole model so far"
-    return Plan("full", rows, n_layers, reason)
+
+
+def choose(
+    edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk | None, engine: str = "auto", why: str = ""
+) -> Plan:
+    """Choose the smallest exact plan for edits that run together, or check the one that was asked for.
+
+    Args:
+        edits: interventions resolved in the batch.
+        batch: the encoded examples.
+        n_layers: decoder layers of the model.
+        trunk: the clean run; None where no cone can start from one.
+        engine: one of `ENGINES`.
+        why: why there is no trunk, in words.
+
+    Raises:
+        InterventionError: for an engine that does not exist, or a plan that would not be exact.
+    """
+    exact = _exact(edits, batch, n_layers, trunk, why)
+    if engine == "auto":
+        return exact[0]
+    named = {plan.name: plan for plan in exact}
+    if engine not in named:
+        raise InterventionError(
+            f"engine={engine!r} would not be exact here",
+            expected=" or ".join(map(repr, ("auto", *named))),
+            remedy=f"the smallest exact plan is {exact[0].explain()}",
+        )
+    return named[engine] if engine != "full" else _full(batch, n_layers, "it was asked for")
+
+
+def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk | None, why: str) -> list[Plan]:
+    """The plans that are exact, the smallest first."""
+    beside = any(edit.site.part != "decoder" for edit in edits)
+    if not edits or beside or trunk is None:
+        what = "nothing is edited" if not edits else "the image side is edited" if beside else why
+        return [_full(batch, n_layers, what)]
+    layer = min(layer for edit in edits for layer in edit.layers)
+    length, kept, depth = trunk.length, trunk.nbytes, n_layers - layer
+    last = batch.last.to(edits[0].selected.device)
+    start, alone = _reach(edits, batch, n_layers, trunk)
+    plans = []
+    above = f"nothing changes before layer {layer}"
+    if alone and not trunk.unknown:
+        reason = f"{above}, and from there on only the answer's own row, which no other row attends"
+        plans.append(Plan("last_row", len(batch), depth, layer, int(last.min()), reason, kept))
+    if start > 0 and not trunk.unknown:
+        reason = f"{above} nor before position {start}, since no row before it attends a later one that does"
+        plans.append(Plan("suffix", len(batch) * (length - start), depth, layer, start, reason, kept))
+    plans.append(Plan("resume", len(batch) * length, depth, layer, 0, above, kept))
+    return [*plans, _full(batch, n_layers, "it was asked for")]
+
+
+def _reach(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk) -> tuple[int, bool]:
+    """The first position that edits can change, and whether they can change the answers' own rows alone."""
+    touched = edits[0].selected if len(edits) == 1 else torch.stack([edit.selected for edit in edits]).any(dim=0)
+    # What a layer's attention reads has been decided before it: an edit behind that point spreads from the next layer.
+    spreads = range(min(_spread_from(edit) for edit in edits), n_layers)
+    key = spreads, touched.cpu().numpy().tobytes()
+    if key not in trunk.reaches:
+        trunk.reaches[key] = _spread(touched, spreads, batch, trunk)
+    return trunk.reaches[key]
+
+
+def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, trunk: Trunk) -> tuple[int, bool]:
+    real = batch.inputs["attention_mask"].to(touched.device).bool()
+    last = torch.zeros_like(touched)
+    last[torch.arange(len(batch), device=touched.device), batch.last.to(touched.device)] = True
+    start = int(touched.any(dim=0).float().argmax()) if bool(touched.any()) else int(batch.last.min())
+    alone = not bool((touched & ~last).any())
+    if not spreads:
+        return start, alone
+    seen = trunk.attended(spreads) & real[:, :, None]
+    alone = alone and not bool((seen & last[:, None, :] & ~last[:, :, None]).any())
+    while start > 0:
+        earlier = seen[:, :start, start:].any(dim=2).any(dim=0)
+        if not bool(earlier.any()):
+            break
+        start = int(earlier.float().argmax())
+    return start, alone
+
+
+def _spread_from(edit: ResolvedPlace) -> int:
+    """The first layer in which other rows can read what the edit changed."""
+    return min(edit.layers) + (edit.site.name != "resid_pre")
+
+
+def _full(batch: Batch, n_layers: int, reason: str) -> Plan:
+    return Plan("full", batch.inputs["input_ids"].numel(), n_layers, 0, 0, reason)

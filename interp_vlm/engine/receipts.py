@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from interp_vlm.engine.access import Access, AttentionInputs
+from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import mix, rebuild
 from interp_vlm.engine.full import Program, Recording
-from interp_vlm.engine.place import ResolvedPlace, padded_positions
+from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import indices
 from interp_vlm.interventions.knockout import AttentionKnockout
@@ -121,70 +121,90 @@ def refuse_sliding(edits: Sequence[ResolvedPlace], anatomy: Anatomy, length: int
 def program(edits: Sequence[ResolvedPlace]) -> Program:
     """The forward pass that makes the edits and records what their receipts need."""
     blocked = {layer for edit in edits if isinstance(edit.intervention, AttentionKnockout) for layer in edit.layers}
-    edited = {layer for edit in edits if edit.site.name == "z" for layer in edit.layers}
-    return Program(edits=edits, captures={"z": blocked - edited}, attention=frozenset(blocked))
+    return Program(edits=edits, captures={"z": blocked}, attention=frozenset(blocked))
 
 
 def issue(
-    edits: Sequence[ResolvedPlace],
+    runs: Sequence[Sequence[ResolvedPlace]],
     recording: Recording,
     access: Access,
-    logit_change: float,
+    logit_changes: Sequence[float],
     plan: str,
-) -> tuple[Receipt, ...]:
-    """Write the receipts of one run, in the order of its interventions."""
+) -> list[tuple[Receipt, ...]]:
+    """Write the receipts of runs that were computed in one pass, in the order of their interventions."""
     assert recording.logits is not None
-    receipts = []
-    for edit in edits:
-        mass, unexplained = None, None
-        if isinstance(edit.intervention, AttentionKnockout):
-            found = [_blocked_mass(edit, layer, recording, access) for layer in edit.layers]
-            mass = max(mass for mass, _ in found)
-            unexplained = max((gap for _, gap in found if gap is not None), default=None)
-        receipts.append(
-            Receipt(
-                intervention=repr(edit.intervention),
-                site=edit.site.name,
-                layers=edit.layers,
-                changed=edit.changed,
-                unit="edges" if mass is not None else "values",
-                mass_left=mass,
-                unexplained=unexplained,
-                logit_change=logit_change,
-                plan=plan,
-                dtype=str(recording.logits.dtype).removeprefix("torch."),
-                note=_BESIDES if edit.site.part == "projector" and access.anatomy.between_layers else "",
+    found = _weighed(runs, recording, access)
+    dtype = str(recording.logits.dtype).removeprefix("torch.")
+    issued = []
+    for edits, change in zip(runs, logit_changes, strict=True):
+        receipts = []
+        for edit in edits:
+            blocking = isinstance(edit.intervention, AttentionKnockout)
+            masses, gaps = zip(*found[id(edit)], strict=True) if blocking else ((), ())
+            receipts.append(
+                Receipt(
+                    intervention=repr(edit.intervention),
+                    site=edit.site.name,
+                    layers=edit.layers,
+                    changed=edit.changed,
+                    unit="edges" if blocking else "values",
+                    mass_left=max(masses, default=None),
+                    unexplained=max((gap for gap in gaps if gap is not None), default=None),
+                    logit_change=change,
+                    plan=plan,
+                    dtype=dtype,
+                    note=_BESIDES if edit.site.part == "projector" and access.anatomy.between_layers else "",
+                )
             )
-        )
-    return tuple(receipts)
+        issued.append(tuple(receipts))
+    return issued
 
 
-def _blocked_mass(edit: ResolvedPlace, layer: int, recording: Recording, access: Access) -> tuple[float, float | None]:
-    knockout, inputs = edit.intervention, recording.attention[layer]
-    assert isinstance(knockout, AttentionKnockout)
-    assert edit.keys is not None
-    rows, real = padded_positions(edit.selected)
-    if rows.shape[1] == 0:
-        return 0.0, None
-    rows = rows.clamp(min=0)
-    module: nn.Module = access.inside(layer, access.anatomy.attn)._module
-    weights: Float[Tensor, "batch head row key"] = rebuild(module, access.anatomy, inputs, rows)
-    weights = weights.masked_fill(~real[:, None, :, None], 0)
-    heads = torch.ones(access.anatomy.n_heads, dtype=torch.bool, device=weights.device)
-    if knockout.heads is not None:
-        heads[:] = False
-        heads[list(indices(knockout.heads, access.anatomy.n_heads, "head"))] = True
-    blocked = edit.keys[:, None, None, :] & heads[None, :, None, None]
-    mass = float((weights * blocked).sum(-1).max())
-    return mass, _unexplained(weights, inputs, recording.values.get(("z", layer)), rows, real, access)
+def _weighed(
+    runs: Sequence[Sequence[ResolvedPlace]], recording: Recording, access: Access
+) -> dict[int, list[tuple[float, float | None]]]:
+    """For each knockout, layer by layer, the attention left on its edges and what its weights do not explain."""
+    found: dict[int, list[tuple[float, float | None]]] = {}
+    blocking = [edit for edits in runs for edit in edits if isinstance(edit.intervention, AttentionKnockout)]
+    # Where the same run edits z, that is no longer what attention made.
+    remade = {(id(edit), layer) for edits in runs for edit in edits for other in edits if other.site.name == "z"
+              for layer in other.layers}  # fmt: skip
+    for layer in sorted({layer for edit in blocking for layer in edit.layers}):
+        acting = [edit for edit in blocking if layer in edit.layers]
+        for edit, (mass, gap) in zip(acting, _weigh(acting, layer, recording, access), strict=True):
+            known = None if (id(edit), layer) in remade else gap
+            found.setdefault(id(edit), []).append((mass, known))
+    return found
 
 
-def _unexplained(
-    weights: Tensor, inputs: AttentionInputs, z: Tensor | None, rows: Tensor, real: Tensor, access: Access
-) -> float | None:
-    if z is None:  # another intervention edits z here, so that it is no longer what attention made
-        return None
+def _weigh(
+    edits: Sequence[ResolvedPlace], layer: int, recording: Recording, access: Access
+) -> Iterator[tuple[float, float | None]]:
+    """The same for knockouts of one layer, whose attention weights are rebuilt in one go."""
+    inputs, anatomy = recording.attention[layer], access.anatomy
+    places = [edit.query_rows() for edit in edits]
+    rows = torch.cat([rows for rows, _ in places], dim=1).clamp(min=0)
+    module: nn.Module = access.inside(layer, anatomy.attn)._module
+    weights: Float[Tensor, "batch head row key"] = rebuild(module, anatomy, inputs, rows)
     example = torch.arange(len(rows), device=rows.device)[:, None]
-    seen = z[example, rows]
-    gap = (mix(weights, inputs.v, access.anatomy) - seen).abs().masked_fill(~real[:, :, None, None], 0)
-    return float(gap.max() / seen.abs().max().clamp(min=1e-30))
+    seen = recording.values["z", layer][example, rows]
+    gaps = (mix(weights, inputs, anatomy) - seen).abs().flatten(2)
+    start = 0
+    for edit, (_, own) in zip(edits, places, strict=True):
+        part = slice(start, start := start + own.shape[1])
+        if not bool(own.any()):
+            yield 0.0, None
+            continue
+        left = weights[:, :, part].masked_fill(~own[:, None, :, None], 0)
+        blocked = edit.key_mask(weights.shape[-1])[:, None, None, :] & _heads(edit, anatomy)[:, None, None].to(rows.device)
+        gap = gaps[:, part].masked_fill(~own[..., None], 0).max() / seen[:, part].abs().max().clamp(min=1e-30)
+        yield float((left * blocked).sum(-1).max()), float(gap)
+
+
+def _heads(edit: ResolvedPlace, anatomy: Anatomy) -> Bool[Tensor, " head"]:
+    """The heads in which a knockout acts."""
+    knockout = edit.intervention
+    assert isinstance(knockout, AttentionKnockout)
+    heads = torch.zeros(anatomy.n_heads, dtype=torch.bool)
+    heads[list(indices("all" if knockout.heads is None else knockout.heads, anatomy.n_heads, "head"))] = True
+    return heads

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from nnsight import NNsight
 from torch import Tensor
+from transformers import DynamicCache
 
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import rebuild
+from interp_vlm.engine.cone import Rest, alike, run_cone
 from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
 from interp_vlm.engine.place import (
@@ -26,8 +28,11 @@ from interp_vlm.engine.place import (
     resolve,
     selected,
 )
-from interp_vlm.engine.plan import Plan, plan
+from interp_vlm.engine.plan import Plan, check_engine, choose
+from interp_vlm.engine.memory import Budget, budget
+from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.receipts import Receipt
+from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.base import CellIntervention, Intervention, indices
 from interp_vlm.interventions.cache import Cache
@@ -35,21 +40,27 @@ from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
 from interp_vlm.tokens.batch import Batch
+from interp_vlm.tokens.select import Selector
 
 __all__ = ["CleanRun", "Engine", "Outcome"]
 
 
 @dataclass
 class CleanRun:
-    """A batch's run without interventions: its answer logits, and scores per position that selectors asked for.
+    """A batch's run without interventions: its answer logits, and whatever was asked of it so far.
 
     Attributes:
         weights: the state of the model's weights at the time.
+        evidence: scores per position that selectors need.
+        values: whole sites by (site, layer), for means and donors.
+        trunk: what cones start from.
     """
 
     logits: Float[Tensor, "batch vocab"]
     weights: object
     evidence: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
+    values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    trunk: Trunk | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,65 +86,235 @@ class Engine:
         self.root, self.anatomy, self.name = root, anatomy, name
         self.access = Access(root, anatomy)
         self._clean: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
+        self._replays: bool | None = None
 
     def known(self, batch: Batch) -> CleanRun | None:
         """The batch's clean run, if it was made with the weights that the model has now."""
         found = self._clean.get(batch)
         return found if found is not None and found.weights == self._weights() else None
 
-    def clean(self, batch: Batch, needs: Iterable[str] = ()) -> CleanRun:
-        """The batch's run without interventions, made once and kept as long as the batch and the model's weights."""
-        known = self.known(batch)
-        missing = [name for name in needs if known is None or name not in known.evidence]
-        if known is None or missing:
-            recording = forward(self.root, self.access, batch.inputs, self._evidence_program(missing))
-            assert recording.logits is not None
-            known = known or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
-            known.evidence.update(self._evidence(missing, recording, batch))
-            self._clean[batch] = known
-        return known
+    def clean(
+        self,
+        batch: Batch,
+        needs: Iterable[str] = (),
+        values: Iterable[tuple[str, int]] = (),
+        residuals: Iterable[int] = (),
+    ) -> CleanRun:
+        """The batch's run without interventions, made once and kept as long as the batch and the model's weights.
+
+        Args:
+            batch: the encoded examples.
+            needs: evidence that selectors need.
+            values: whole sites to keep, as (site, layer).
+            residuals: layers from which cones are to start.
+        """
+        held = self.known(batch)
+        trunk = held.trunk if held else None
+        missing = [name for name in needs if held is None or name not in held.evidence]
+        absent = [cell for cell in values if held is None or cell not in held.values]
+        wanted = set(residuals)
+        starts = wanted - set(trunk.residuals if trunk else ())
+        if held is not None and not missing and not absent and not starts:
+            return held
+        program = self._evidence_program(missing)
+        captures = {site: set(layers) for site, layers in program.captures.items()}
+        for site, layer in [*absent, *(("resid_pre", layer) for layer in starts)]:
+            captures.setdefault(site, set()).add(layer)
+        calls = frozenset(range(self.anatomy.n_layers)) if starts and trunk is None else frozenset[int]()
+        inputs, cache = dict(batch.inputs), DynamicCache()
+        if calls:  # a cache without a configuration keeps every position, in sliding layers too
+            inputs["past_key_values"] = cache
+        recording = forward(self.root, self.access, inputs, replace(program, captures=captures, calls=calls))
+        assert recording.logits is not None
+        held = held or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
+        held.evidence.update(self._evidence(missing, recording, batch))
+        held.values.update({cell: recording.values[cell] for cell in absent})
+        if calls:
+            listed = [recording.calls[layer] for layer in range(self.anatomy.n_layers)]
+            trunk = Trunk(listed, {}, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
+        if starts:
+            assert trunk is not None
+            # What other runs started from is not kept: the layers asked for now are those that will be used.
+            before = {layer: trunk.residuals[layer] for layer in wanted - starts}
+            trunk.residuals = before | {layer: recording.values["resid_pre", layer] for layer in starts}
+            held.trunk = trunk
+        self._clean[batch] = held
+        return held
 
     def _weights(self) -> tuple[tuple[int, int], ...]:
         """What changes when a weight is replaced or written in place (but not behind autograd's back, by `.data`)."""
         parameters = self.root._module.parameters()
         return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in parameters)
 
-    def run(self, batch: Batch, interventions: Sequence[Intervention], engine: str = "auto") -> Outcome:
+    def run(
+        self, batch: Batch, interventions: Sequence[Intervention], engine: str = "auto", memory: Budget = None
+    ) -> Outcome:
         """Run a batch with interventions, applied in the model's own order.
 
         Raises:
             InterventionError: for an intervention that is out of range or cannot have an effect.
         """
-        chosen = plan(batch, interventions, self.anatomy.n_layers, engine)
-        clean = self.clean(batch, self._needs(interventions))
-        if not interventions:
-            return Outcome(clean.logits, clean.logits, (), chosen)
-        edits = self.resolve(batch, interventions)
-        recording = forward(self.root, self.access, batch.inputs, receipts.program(edits))
+        ((_, outcome),) = self.runs(batch, [interventions], engine, memory, ahead=True)
+        return outcome
+
+    def runs(
+        self,
+        batch: Batch,
+        groups: Sequence[Sequence[Intervention]],
+        engine: str = "auto",
+        memory: Budget = None,
+        *,
+        ahead: bool = False,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Run a batch once for each group of interventions, on one run without any.
+
+        Args:
+            batch: the encoded examples.
+            groups: interventions that run together.
+            engine: one of `ENGINES`.
+            memory: what may be kept, see `budget`.
+            ahead: keep what runs from other layers would need too, where it fits.
+
+        Yields:
+            The number of a group and its outcome, in the order in which they are computed.
+        """
+        check_engine(engine)
+        allowed = budget(memory, batch.inputs["input_ids"].device)
+        starts = [None if engine == "full" else self._start_of(group) for group in groups]
+        for chunk in self._chunks(batch, starts, allowed):
+            yield from self._chunk(batch, {number: groups[number] for number in chunk}, starts, engine, allowed, ahead)
+
+    def _chunk(
+        self,
+        batch: Batch,
+        groups: Mapping[int, Sequence[Intervention]],
+        starts: Sequence[int | None],
+        engine: str,
+        allowed: int,
+        ahead: bool,
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Groups that share one clean run."""
+        wanted = {layer for number in groups if (layer := starts[number]) is not None}
+        if wanted and ahead and self._kept(batch, self.anatomy.n_layers) <= allowed:
+            wanted = set(range(self.anatomy.n_layers))
+        clean, listed = self._prepared(batch, list(groups.values()), wanted)
+        resolved = dict(zip(groups, listed, strict=True))
+        trunk, why = self._trunk(batch, clean, bool(wanted))
+        plans = {
+            number: choose(edits, batch, self.anatomy.n_layers, trunk, engine, why)
+            for number, edits in resolved.items()
+        }
+        packed = [(number, resolved[number], plans[number]) for number in groups if plans[number].name == "last_row"]
+        for number, edits in resolved.items():
+            if not edits:
+                yield number, Outcome(clean.logits, clean.logits, (), plans[number])
+            elif plans[number].name != "last_row":
+                yield number, self._one(batch, edits, plans[number], clean)
+        for number, logits, issued in run_packed(self.root, self.access, trunk, clean.logits, batch, packed, allowed):
+            yield number, Outcome(logits, clean.logits, issued, plans[number])
+
+    def _one(self, batch: Batch, edits: Sequence[ResolvedPlace], chosen: Plan, clean: CleanRun) -> Outcome:
+        """One run by the plan."""
+        if chosen.name == "full":
+            recording = forward(self.root, self.access, batch.inputs, receipts.program(edits))
+            assert recording.logits is not None
+            logits = answer_rows(recording.logits, batch.last)
+        else:
+            assert clean.trunk is not None
+            cone = Rest(clean.trunk, chosen.layer, chosen.start, batch.last.to(clean.logits.device))
+            edits = [cone.placed(edit) for edit in edits]
+            recording = run_cone(self.root, self.access, cone, receipts.program(edits))
+            assert recording.logits is not None
+            logits = recording.logits[:, 0]
         receipts.refuse_without_effect(edits)
-        assert recording.logits is not None
-        logits = answer_rows(recording.logits, batch.last)
         change = float((logits - clean.logits).abs().max())
-        issued = receipts.issue(edits, recording, self.access, change, chosen.name)
+        (issued,) = receipts.issue([edits], recording, self.access, [change], chosen.name)
         return Outcome(logits, clean.logits, issued, chosen)
+
+    def plan(
+        self, batch: Batch, interventions: Sequence[Intervention], engine: str = "auto", memory: Budget = None
+    ) -> Plan:
+        """How these interventions would be run."""
+        check_engine(engine)
+        start = None if engine == "full" else self._start_of(interventions)
+        if self._kept(batch, 1) > budget(memory, batch.inputs["input_ids"].device):
+            start = None
+        clean, (edits,) = self._prepared(batch, [interventions], set() if start is None else {start})
+        trunk, why = self._trunk(batch, clean, start is not None)
+        return choose(edits, batch, self.anatomy.n_layers, trunk, engine, why)
+
+    def _start_of(self, group: Sequence[Intervention]) -> int | None:
+        """The decoder layer from which a group's cone would start; None where it touches the image side or nothing."""
+        if not group or any(each.where.part != "decoder" for each in group):
+            return None
+        return min(layer for each in group for layer in layers_of(each.where, each.layers, self.anatomy))  # type: ignore[attr-defined]
+
+    def _kept(self, batch: Batch, layers: int) -> int:
+        """Bytes of a trunk: keys and values of every layer, residuals of some."""
+        a, weight = self.anatomy, next(self.root._module.parameters())
+        row = 2 * a.n_layers * a.n_kv_heads * a.d_head + layers * a.d_model
+        return batch.inputs["input_ids"].numel() * row * weight.element_size()
+
+    def _chunks(self, batch: Batch, starts: Sequence[int | None], allowed: int) -> list[list[int]]:
+        """Numbers of the groups that one clean run serves, so that what it keeps stays within the budget."""
+        layers = sorted({start for start in starts if start is not None})
+        one, two = self._kept(batch, 1), self._kept(batch, 2)
+        fitting = 0 if one > allowed else 1 + (allowed - one) // max(1, two - one)
+        if not layers or not fitting or len(layers) <= fitting:
+            return [list(range(len(starts)))]
+        parts = [set(layers[at : at + fitting]) for at in range(0, len(layers), fitting)]
+        rest = [number for number, start in enumerate(starts) if start is None]
+        return [*([rest] if rest else []), *([n for n, start in enumerate(starts) if start in part] for part in parts)]
+
+    def _trunk(self, batch: Batch, clean: CleanRun, wanted: bool) -> tuple[Trunk | None, str]:
+        """What cones start from, or why there is nothing in words."""
+        if not wanted or clean.trunk is None:
+            return None, "it was asked for"
+        if self._replays is None:
+            first = min(clean.trunk.residuals)
+            cone = Rest(clean.trunk, first, 0, batch.last.to(clean.logits.device))
+            again = run_cone(self.root, self.access, cone, Program()).logits
+            assert again is not None
+            exact = alike(again[:, 0], clean.logits)
+            # Layers before the first one of this run are still unproved.
+            self._replays = exact if first == 0 or not exact else None
+            if not exact:
+                clean.trunk = None
+        if self._replays is False:
+            clean.trunk = None
+            return None, "the decoder's layers called one after another do not give this model's answer"
+        return clean.trunk, ""
 
     def resolve(
         self, batch: Batch, interventions: Sequence[Intervention], *, generating: bool = False
     ) -> list[ResolvedPlace]:
         """Find where interventions act in a batch, with the clean values that they need."""
-        evidence = self.clean(batch, self._needs(interventions)).evidence
-        edits = [resolve(each, batch, self.anatomy, evidence, generating=generating) for each in interventions]
-        needy = [
-            edit for edit in edits if isinstance(edit.intervention, CellIntervention) and edit.intervention.needs_clean
-        ]
-        if needy:
-            wanted: dict[str, set[int]] = {}
-            for edit in needy:
-                wanted.setdefault(edit.site.name, set()).update(edit.layers)
-            recording = forward(self.root, self.access, batch.inputs, Program(captures=wanted))
-            for edit in needy:
-                edit.clean_values = {layer: recording.values[edit.site.name, layer] for layer in edit.layers}
+        _, (edits,) = self._prepared(batch, [interventions], (), generating=generating)
         return edits
+
+    def _prepared(
+        self,
+        batch: Batch,
+        groups: Sequence[Sequence[Intervention]],
+        residuals: Iterable[int],
+        *,
+        generating: bool = False,
+    ) -> tuple[CleanRun, list[list[ResolvedPlace]]]:
+        """The clean run with all that these interventions need of it, and where they act."""
+        everything = [each for group in groups for each in group]
+        needy = [each for each in everything if isinstance(each, CellIntervention) and each.needs_clean]
+        values = {(each.site, layer) for each in needy for layer in layers_of(each.where, each.layers, self.anatomy)}
+        residuals = () if self._replays is False else residuals
+        clean = self.clean(batch, sorted(self._needs(everything)), sorted(values), residuals)
+        known: dict[Selector, Tensor] = {}
+        resolved = [
+            [resolve(each, batch, self.anatomy, clean.evidence, generating=generating, known=known) for each in group]
+            for group in groups
+        ]
+        for edit in (edit for edits in resolved for edit in edits):
+            if isinstance(edit.intervention, CellIntervention) and edit.intervention.needs_clean:
+                edit.clean_values = {layer: clean.values[edit.site.name, layer] for layer in edit.layers}
+        return clean, resolved
 
     def capture(
         self,
@@ -150,7 +331,7 @@ class Engine:
         selector = select.of(positions)
         evidence = self.clean(batch, selector.needs).evidence if selector.needs else {}
         index, mask = padded_positions(selected(batch, selector, evidence))
-        edits = self.resolve(batch, interventions)
+        edits = self.resolve(batch, interventions) if interventions else []
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
 
         def keep(name: str, value: Tensor) -> Tensor:
@@ -160,9 +341,12 @@ class Engine:
                 value = value.expand(len(batch), self.anatomy.n_heads, -1, -1)
             return _keep(name, value, index, mask)
 
-        program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep)
+        program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)
         recording = forward(self.root, self.access, batch.inputs, program)
         receipts.refuse_without_effect(edits)
+        if not edits and self.known(batch) is None:  # a run without interventions: whoever needs its answers has them
+            assert recording.logits is not None
+            self._clean[batch] = CleanRun(answer_rows(recording.logits, batch.last), self._weights())
         values = {
             name: torch.stack([recording.values[name, layer] for layer in found], dim=1)
             for name, found in plain.items()

@@ -41,7 +41,7 @@ class TestAlgebra:
         setting = Setting("llava", bits=32, padding=padding)
         place = PLACES[site]
         steering = intervention("steer", place, setting)
-        run = setting.vlm.run(setting.batch, iv.vary(steering, scale=[0.0])[0])
+        run = setting.vlm.run(setting.batch, iv.vary(steering, scale=[0.0])[0], engine="full")
         assert torch.equal(run.logits, run.clean_logits)
         assert run.receipts[0].changed == 0
         patch = iv.ActivationPatch(
@@ -52,7 +52,7 @@ class TestAlgebra:
             place.units,
             source=setting.vlm.capture(setting.batch, site),
         )
-        assert torch.equal(setting.vlm.run(setting.batch, patch).logits, run.clean_logits)
+        assert torch.equal(setting.vlm.run(setting.batch, patch, engine="full").logits, run.clean_logits)
 
     def test_edits_of_the_same_cells_apply_in_the_order_of_the_list(self):
         vlm, batch = self.setting.vlm, self.setting.batch

@@ -88,7 +88,7 @@ def test_knockouts_equal_edited_masks_and_their_receipts_are_true(setting):
         assert receipt.unexplained < {32: 1e-5, 64: 1e-6 if setting.eager else 1e-13}[setting.bits]
         assert receipt.logit_change == float((run.logits - run.clean_logits).abs().max()) > 0
         assert receipt.dtype == f"float{setting.bits}"
-        assert receipt.plan == "full"
+        assert receipt.plan == run.plan.name
 
 
 @every_family

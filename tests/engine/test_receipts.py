@@ -69,7 +69,7 @@ class TestSabotage:
 
         def ignoring(module, query, key, value, attention_mask, **options):
             if attention_mask is not None:
-                attention_mask = attention_mask.any(-2, keepdim=True).expand_as(attention_mask)
+                attention_mask = torch.ones_like(attention_mask)
             return sdpa(module, query, key, value, attention_mask, **options)
 
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", ignoring)
@@ -173,10 +173,10 @@ def test_what_can_have_no_effect_is_refused_unless_allowed(name):
     allowed = iv.vary(value, allow_empty=[True])[0]
     run = setting.vlm.run(setting.batch, allowed)
     if "one example" not in name:
-        assert torch.equal(run.logits, run.clean_logits)
-        assert run.receipts[0].logit_change == 0
+        assert run.receipts[0].logit_change < 1e-12
+        assert torch.equal(setting.vlm.run(setting.batch, allowed, engine="full").logits, run.clean_logits)
     else:  # it acts in the examples where it can
-        moved = (run.logits != run.clean_logits).any(1)
+        moved = ((run.logits - run.clean_logits).abs() > 1e-12).any(1)
         assert moved.tolist() == [True, False, False]
 
 

@@ -1,0 +1,120 @@
+"""Running a cone: the decoder's layers from one layer on, for the rows that can change, inside an nnsight trace.
+
+The model's own layers are called, with the rest of the run taken from the trunk; sites, edits and captures are those of
+every other run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from nnsight import NNsight
+from torch import Tensor, nn
+
+from interp_vlm.engine.access import Access
+from interp_vlm.engine.full import Program, Recording, alone, walk
+from interp_vlm.engine.place import ResolvedPlace
+from interp_vlm.engine.trunk import Trunk
+from interp_vlm.models.anatomy import Anatomy
+
+__all__ = ["Cone", "Rest", "alike", "run_cone"]
+
+
+@runtime_checkable
+class Cone(Protocol):
+    """Which rows are computed, from which layer on."""
+
+    @property
+    def trunk(self) -> Trunk: ...
+
+    @property
+    def layer(self) -> int:
+        """The first layer computed."""
+        ...
+
+    def entering(self, layer: int, hidden: Tensor | None) -> Float[Tensor, "batch row d"]:
+        """What goes into a layer: what came out of the one before, and rows that begin here."""
+        ...
+
+    def call(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments for a layer."""
+        ...
+
+    def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch answer d"]:
+        """The rows from which answers are read."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rest:
+    """The rows of each example from one position on, through the layers from one on: `resume` (from 0) and `suffix`.
+
+    Attributes:
+        trunk: the clean run.
+        layer: the first layer computed.
+        start: the first position computed.
+        last: each example's answer position.
+    """
+
+    trunk: Trunk
+    layer: int
+    start: int
+    last: Int[Tensor, " batch"]
+
+    def entering(self, layer: int, hidden: Tensor | None) -> Float[Tensor, "batch row d"]:
+        return self.trunk.residuals[layer][:, self.start :].clone() if hidden is None else hidden
+
+    def call(self, layer: int) -> dict[str, Any]:
+        mask = self.trunk.calls[layer]["attention_mask"]
+        if self.start == 0:
+            return {**self.trunk.call(layer, None), "attention_mask": mask, "past_key_values": None}
+        mask = self.trunk.keep(layer) if mask is None else mask
+        rows = torch.arange(self.start, self.trunk.length, device=self.last.device).expand(len(self.last), -1)
+        own = {"attention_mask": mask[:, :, self.start :], "past_key_values": self.trunk.prefix(self.start)}
+        return {**self.trunk.call(layer, rows), **own}
+
+    def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch 1 d"]:
+        return hidden[torch.arange(len(hidden), device=hidden.device), self.last - self.start][:, None]
+
+    def placed(self, edit: ResolvedPlace) -> ResolvedPlace:
+        """The same edit on the rows that are computed."""
+        return replace(edit, here=edit.selected[:, self.start :]) if self.start else edit
+
+
+def run_cone(
+    root: NNsight, access: Access, cone: Cone, program: Program
+) -> Recording:
+    """Run the cone's layers with the program's edits and captures; the recording's logits are those of its answers."""
+    anatomy, returned = access.anatomy, []
+    model: nn.Module = root._module
+    layers = model.get_submodule(anatomy.layers)
+    norm, head = model.get_submodule(anatomy.final_norm), model.get_submodule(anatomy.head)
+
+    def through(hidden: Tensor) -> Tensor:
+        stream: Tensor | None = None
+        for layer in range(cone.layer, anatomy.n_layers):
+            out = layers[layer](cone.entering(layer, stream), **cone.call(layer))  # type: ignore[index]
+            stream = out[0] if isinstance(out, tuple) else out
+        assert stream is not None
+        returned.append(capped(head(norm(cone.answers(stream))), anatomy))
+        return returned[0]
+
+    recording, stops = Recording(), program.visits()
+    with alone("a run"), torch.no_grad(), root.trace(fn=through, hidden=cone.trunk.keys[0]):
+        walk(access, program, stops, recording)
+    recording.logits = returned[0]
+    return recording
+
+
+def capped(logits: Tensor, anatomy: Anatomy) -> Tensor:
+    """Logits as the model gives them out."""
+    cap = anatomy.final_softcap
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def alike(a: Float[Tensor, "batch vocab"], b: Float[Tensor, "batch vocab"]) -> bool:
+    """Whether logits are the same up to rounding: within the root of the type's precision, relative to the largest."""
+    return float((a - b).abs().max()) <= torch.finfo(a.dtype).eps ** 0.5 * float(b.abs().max())

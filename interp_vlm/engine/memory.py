@@ -1,0 +1,53 @@
+"""Memory budgets: what may be kept of a run without interventions, and how many rows fit into one pass."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from interp_vlm.errors import InterventionError
+
+__all__ = ["DEFAULT", "Budget", "budget"]
+
+Budget = str | int | float | None
+
+DEFAULT = 0.25
+"""Share of the device's free memory that captures and packed rows may take when nothing is said."""
+
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+
+
+def budget(memory: Budget, device: torch.device) -> int:
+    """A memory budget in bytes.
+
+    Args:
+        memory: bytes as an int, a size such as "4GiB", or a share of the device's free memory as a float below 1;
+            a quarter of it when None.
+        device: where the model is.
+
+    Raises:
+        InterventionError: for anything else.
+
+    Example:
+        >>> budget("1.5GiB", torch.device("cpu")) == int(1.5 * 2**30)
+        True
+    """
+    memory = DEFAULT if memory is None else memory
+    if isinstance(memory, float) and 0.0 < memory < 1.0:
+        return int(memory * _free(device))
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", memory, re.IGNORECASE) if isinstance(memory, str) else None
+    if found is None or float(found[1]) <= 0:
+        raise InterventionError(f"memory={memory!r}", expected="bytes, a size such as '4GiB', or a share such as 0.5")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * 2**30

@@ -1,0 +1,88 @@
+"""The trunk: what one run without interventions leaves behind for cones to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from interp_vlm.engine.access import as_keep
+from interp_vlm.engine.prefix import Prefix
+
+__all__ = ["Trunk"]
+
+# What a decoder layer may be called with: a tensor of another name would have rows that nobody here knows to cut.
+_CUT = ("attention_mask", "position_embeddings", "position_ids")
+
+
+@dataclass(eq=False)
+class Trunk:
+    """One clean run of a batch, as far as cones need it.
+
+    Attributes:
+        calls: the keyword arguments with which the model called each decoder layer, without its key-value cache.
+        residuals: the residual stream before a layer, for the layers that were asked for.
+        keys, values: what each layer attends, keys after q/k norms and rotation.
+        reaches: how far edits of some rows can reach, as plans have worked it out.
+    """
+
+    calls: list[Mapping[str, Any]]
+    residuals: dict[int, Float[Tensor, "batch pos d"]]
+    keys: list[Float[Tensor, "batch head pos d_head"]]
+    values: list[Float[Tensor, "batch head pos d_head"]]
+    reaches: dict[Hashable, tuple[int, bool]] = field(default_factory=dict)
+    _attended: dict[frozenset[int], Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Positions of the batch's rows."""
+        return self.keys[0].shape[2]
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of tensors that layers are called with and whose rows cannot be cut."""
+        names = {name for call in self.calls for name, value in call.items() if isinstance(value, Tensor)}
+        return sorted(names - set(_CUT))
+
+    def keep(self, layer: int) -> Bool[Tensor, "#batch head query key"]:
+        """A layer's mask, True where attention is allowed."""
+        like = self.keys[layer].new_empty(len(self.keys[layer]), self.length, 0)
+        return as_keep(self.calls[layer]["attention_mask"], like, None, layer)
+
+    def attended(self, layers: Iterable[int]) -> Bool[Tensor, "#batch query key"]:
+        """Where attention is allowed in any of the layers and heads."""
+        masks = {id(self.calls[layer]["attention_mask"]): layer for layer in layers}
+        if (known := self._attended.get(frozenset(masks))) is None:
+            found = [self.keep(layer).any(dim=1) for layer in masks.values()]
+            known = self._attended[frozenset(masks)] = torch.stack(torch.broadcast_tensors(*found)).any(dim=0)
+        return known
+
+    def call(self, layer: int, rows: Int[Tensor, "batch row"] | None) -> dict[str, Any]:
+        """The keyword arguments of a layer for some rows of each example (None: for all of them), without a mask."""
+        call = {name: value for name, value in self.calls[layer].items() if name != "attention_mask"}
+        if rows is None:
+            return call
+        call["position_embeddings"] = tuple(_taken(part, rows) for part in call["position_embeddings"])
+        if call.get("position_ids") is not None:
+            call["position_ids"] = _taken(call["position_ids"][..., None], rows)[..., 0]
+        return call
+
+    def prefix(self, stop: int) -> Prefix:
+        """Keys and values of the first positions, for attention."""
+        return Prefix(self.keys, self.values, stop)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held: residuals, keys and values."""
+        held = [*self.residuals.values(), *self.keys, *self.values]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _taken(value: Tensor, rows: Int[Tensor, "batch row"]) -> Tensor:
+    """Rows of (batch or 1, pos, ...)."""
+    value = value.expand(len(rows), *value.shape[1:])
+    return value[torch.arange(len(rows), device=rows.device)[:, None], rows]
