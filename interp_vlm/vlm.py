@@ -12,8 +12,8 @@ from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
 from interp_vlm.engine.full import alone, alongside, visit
-from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.memory import Budget
+from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.plan import Plan
 from interp_vlm.engine.receipts import Receipt, refuse_without_effect
 from interp_vlm.engine.runner import Engine, Outcome

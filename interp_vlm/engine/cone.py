@@ -84,9 +84,7 @@ class Rest:
         return replace(edit, here=edit.selected[:, self.start :]) if self.start else edit
 
 
-def run_cone(
-    root: NNsight, access: Access, cone: Cone, program: Program
-) -> Recording:
+def run_cone(root: NNsight, access: Access, cone: Cone, program: Program) -> Recording:
     """Run the cone's layers with the program's edits and captures; the recording's logits are those of its answers."""
     anatomy, returned = access.anatomy, []
     model: nn.Module = root._module

@@ -106,7 +106,7 @@ def _rank(site: str, layer: int) -> tuple[int, int, int]:
     return part, layer, SITES[site].order
 
 
-def forward(root: NNsight, access: Access, inputs: Mapping[str, Tensor], program: Program) -> Recording:
+def forward(root: NNsight, access: Access, inputs: Mapping[str, Any], program: Program) -> Recording:
     """Run the model once on the inputs, with the program's edits and captures.
 
     Args:
@@ -203,11 +203,11 @@ def generate(
         # Generation may end before the last step; that is no fault of the loop.
         warnings.filterwarnings("ignore", message=".*was never reached.*")
         with root.trace(fn=capture, **dict[str, Any](inputs)) as tracer:
-            _generationwalk(access, programs, tracer, last)
+            _generation_walk(access, programs, tracer, last)
     return returned[0]
 
 
-def _generationwalk(access: Access, programs: Sequence[Program], tracer: Any, last: int) -> None:
+def _generation_walk(access: Access, programs: Sequence[Program], tracer: Any, last: int) -> None:
     stops = [program.visits() for program in programs]
     for step in tracer.iter[0:last]:
         which = min(step, 1)

@@ -16,6 +16,7 @@ Budget = str | int | float | None
 DEFAULT = 0.25
 """Share of the device's free memory that captures and packed rows may take when nothing is said."""
 
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -39,7 +40,11 @@ def budget(memory: Budget, device: torch.device) -> int:
         return int(memory * _free(device))
     if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
         return memory
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", memory, re.IGNORECASE) if isinstance(memory, str) else None
+    found = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", memory, re.IGNORECASE)
+        if isinstance(memory, str)
+        else None
+    )
     if found is None or float(found[1]) <= 0:
         raise InterventionError(f"memory={memory!r}", expected="bytes, a size such as '4GiB', or a share such as 0.5")
     return int(float(found[1]) * _UNITS[found[2].upper()])

@@ -58,7 +58,12 @@ def check_engine(engine: str) -> None:
 
 
 def choose(
-    edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk | None, engine: str = "auto", why: str = ""
+    edits: Sequence[ResolvedPlace],
+    batch: Batch,
+    n_layers: int,
+    trunk: Trunk | None,
+    engine: str = "auto",
+    why: str = "",
 ) -> Plan:
     """Choose the smallest exact plan for edits that run together, or check the one that was asked for.
 

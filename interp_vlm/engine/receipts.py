@@ -196,7 +196,9 @@ def _weigh(
             yield 0.0, None
             continue
         left = weights[:, :, part].masked_fill(~own[:, None, :, None], 0)
-        blocked = edit.key_mask(weights.shape[-1])[:, None, None, :] & _heads(edit, anatomy)[:, None, None].to(rows.device)
+        blocked = edit.key_mask(weights.shape[-1])[:, None, None, :] & _heads(edit, anatomy)[:, None, None].to(
+            rows.device
+        )
         gap = gaps[:, part].masked_fill(~own[..., None], 0).max() / seen[:, part].abs().max().clamp(min=1e-30)
         yield float((left * blocked).sum(-1).max()), float(gap)
 

@@ -19,6 +19,8 @@ from interp_vlm.engine.attention import rebuild
 from interp_vlm.engine.cone import Rest, alike, run_cone
 from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
+from interp_vlm.engine.memory import Budget, budget
+from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.place import (
     ResolvedPlace,
     Rows,
@@ -29,8 +31,6 @@ from interp_vlm.engine.place import (
     selected,
 )
 from interp_vlm.engine.plan import Plan, check_engine, choose
-from interp_vlm.engine.memory import Budget, budget
-from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
@@ -121,7 +121,8 @@ class Engine:
         for site, layer in [*absent, *(("resid_pre", layer) for layer in starts)]:
             captures.setdefault(site, set()).add(layer)
         calls = frozenset(range(self.anatomy.n_layers)) if starts and trunk is None else frozenset[int]()
-        inputs, cache = dict(batch.inputs), DynamicCache()
+        inputs: dict[str, Any] = dict(batch.inputs)
+        cache: Any = DynamicCache()
         if calls:  # a cache without a configuration keeps every position, in sliding layers too
             inputs["past_key_values"] = cache
         recording = forward(self.root, self.access, inputs, replace(program, captures=captures, calls=calls))
