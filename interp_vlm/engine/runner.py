@@ -44,6 +44,8 @@ from interp_vlm.tokens.select import Selector
 
 __all__ = ["CleanRun", "Engine", "Outcome"]
 
+_NEVER = -1
+
 
 @dataclass
 class CleanRun:
@@ -86,7 +88,8 @@ class Engine:
         self.root, self.anatomy, self.name = root, anatomy, name
         self.access = Access(root, anatomy)
         self._clean: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
-        self._replays: bool | None = None
+        # The first layer from which the decoder's layers, called one after another, gave the model's own answer.
+        self._proved = anatomy.n_layers
 
     def known(self, batch: Batch) -> CleanRun | None:
         """The batch's clean run, if it was made with the weights that the model has now."""
@@ -269,19 +272,15 @@ class Engine:
 
     def _trunk(self, batch: Batch, clean: CleanRun, wanted: bool) -> tuple[Trunk | None, str]:
         """What cones start from, or why there is nothing in words."""
-        if not wanted or clean.trunk is None:
+        if not wanted:
             return None, "it was asked for"
-        if self._replays is None:
+        if clean.trunk is not None and min(clean.trunk.residuals) < self._proved:
             first = min(clean.trunk.residuals)
             cone = Rest(clean.trunk, first, 0, batch.last.to(clean.logits.device))
             again = run_cone(self.root, self.access, cone, Program()).logits
             assert again is not None
-            exact = alike(again[:, 0], clean.logits)
-            # Layers before the first one of this run are still unproved.
-            self._replays = exact if first == 0 or not exact else None
-            if not exact:
-                clean.trunk = None
-        if self._replays is False:
+            self._proved = first if alike(again[:, 0], clean.logits) else _NEVER
+        if self._proved == _NEVER:
             clean.trunk = None
             return None, "the decoder's layers called one after another do not give this model's answer"
         return clean.trunk, ""
@@ -305,7 +304,7 @@ class Engine:
         everything = [each for group in groups for each in group]
         needy = [each for each in everything if isinstance(each, CellIntervention) and each.needs_clean]
         values = {(each.site, layer) for each in needy for layer in layers_of(each.where, each.layers, self.anatomy)}
-        residuals = () if self._replays is False else residuals
+        residuals = () if self._proved == _NEVER else residuals
         clean = self.clean(batch, sorted(self._needs(everything)), sorted(values), residuals)
         known: dict[Selector, Tensor] = {}
         resolved = [
