@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from interp_vlm.readouts import store
     from interp_vlm.readouts.answers import Answer
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
+    from interp_vlm.readouts.head_contribution import HeadContributions, head_contributions
     from interp_vlm.readouts.lens import LogitLens, logit_lens
     from interp_vlm.readouts.margin import TruthMargin, truth_margin
     from interp_vlm.readouts.metrics import answer_logprob, answer_probability, flipped, logit_difference
@@ -75,6 +76,7 @@ _HOME = {
     "interp_vlm.probes.transfer": ("probe_transfer",),
     "interp_vlm.readouts.answers": ("Answer",),
     "interp_vlm.readouts.consistency": ("SelfConsistency", "self_consistency"),
+    "interp_vlm.readouts.head_contribution": ("HeadContributions", "head_contributions"),
     "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
     "interp_vlm.readouts.margin": ("TruthMargin", "truth_margin"),
     "interp_vlm.readouts.metrics": ("answer_logprob", "answer_probability", "flipped", "logit_difference"),
@@ -104,6 +106,7 @@ __all__ = [
     "Cache",
     "DataError",
     "Generation",
+    "HeadContributions",
     "InterpVLMError",
     "InterventionError",
     "LogitLens",
@@ -124,6 +127,7 @@ __all__ = [
     "answer_probability",
     "data",
     "flipped",
+    "head_contributions",
     "load",
     "logit_difference",
     "logit_lens",

@@ -39,7 +39,8 @@ def test_importing_is_light():
 
 
 def test_help_shows_an_example():
-    for command in (["study"], ["inspect"], ["testbed", "train"]):
+    monitors = (["monitor", "fit"], ["monitor", "score"], ["monitor", "evaluate"])
+    for command in (["study"], ["compare"], ["inspect"], ["testbed", "train"], *monitors):
         done = interp_vlm(*command, "--help")
         assert done.returncode == 0
         assert f"interp-vlm {' '.join(command)}" in done.stdout, done.stdout
