@@ -38,7 +38,7 @@ class _Precision:
     """How far a number type can go.
 
     Attributes:
-        gap: stop when a step promises less than this, in losses summed over examples; the step still taken squares it.
+        gap: see `solve`.
         rough: factor by which a step's residual falls where the end is near.
         margin: beyond it an example's weight counts as that margin's.
     """
@@ -253,7 +253,9 @@ def reduce(features: Float[Tensor, "example feature"], *, standardise: bool = Tr
     rows = values - mean
     scale = torch.ones_like(mean)
     if standardise:
-        spread = rows.square().mean(0).sqrt()
+        # a few rows at a time: no second copy of the layer, sums in float64
+        squares = sum((part.square().sum(0, dtype=torch.float64) for part in rows.split(64)), mean.new_zeros(()))
+        spread = (squares / n).sqrt().to(rows)
         # a constant feature keeps rounding noise around its mean; dividing by it would make that noise a feature
         least = torch.finfo(rows.dtype).eps ** 0.75 * mean.abs()
         scale = torch.where(spread > least.clamp_min(1e-30), spread, 1.0)
@@ -285,7 +287,8 @@ def _largest(wide: Wide) -> tuple[Tensor, float]:
         basis = torch.linalg.qr(wide.times(basis))[0]
     sizes, turn = torch.linalg.eigh(basis.T @ wide.times(basis))
     sizes, turn = sizes[-wanted:].clamp_min(0.0), turn[:, -wanted:]
-    rest = float(wide.rows.square().sum() - sizes.sum())
+    whole = wide.gram.trace() if wide.gram is not None else wide.rows.square().sum()
+    rest = float(whole - sizes.sum())
     return (basis @ turn) * sizes.sqrt(), max(rest, 0.0) / max(n - wanted, 1)
 
 
@@ -294,7 +297,8 @@ def solve(
     labels: Float[Tensor, "example problem"],
     weights: Float[Tensor, "example problem"],
     C: Float[Tensor, " problem"],
-    start: Float[Tensor, "coefficient problem"] | None = None,
+    start: tuple[Float[Tensor, "coefficient problem"], Float[Tensor, " problem"]] | None = None,
+    gap: float | None = None,
 ) -> tuple[Float[Tensor, "coefficient problem"], Float[Tensor, " problem"]]:
     """Coefficients, in the coordinates of `reduced`, and intercepts of many problems that share their rows.
 
@@ -305,25 +309,31 @@ def solve(
         labels: 0 and 1.
         weights: how much each row counts in each problem: 0 leaves it out (the inner fold's validation rows).
         C: inverse strength of the penalty.
-        start: coefficients to start from.
+        start: coefficients and intercepts to start from.
+        gap: stop when a step promises less than this, in losses summed over examples; by default where the number type
+            ends. The step still taken squares it.
     """
-    solved = []
+    solved, gap = [], PRECISION[reduced.rows.dtype].gap if gap is None else gap
     for part in torch.arange(labels.shape[1], device=labels.device).split(PROBLEMS):
-        own = None if start is None else start[:, part].to(reduced.rows)
-        solved.append(_solve(reduced, *(each[..., part].to(reduced.rows) for each in (labels, weights, C)), start=own))
+        own = None if start is None else (start[0][:, part].to(reduced.rows), start[1][part].to(reduced.rows))
+        own_problems = (each[..., part].to(reduced.rows) for each in (labels, weights, C))
+        solved.append(_solve(reduced, *own_problems, start=own, gap=gap))
     return torch.cat([a for a, _ in solved], dim=1), torch.cat([b for _, b in solved])
 
 
-def _solve(reduced: Reduced, labels: Tensor, weights: Tensor, C: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+def _solve(
+    reduced: Reduced, labels: Tensor, weights: Tensor, C: Tensor, start: tuple[Tensor, Tensor] | None, gap: float
+) -> tuple[Tensor, Tensor]:
     precision, sign, ridge = PRECISION[reduced.rows.dtype], 2.0 * labels - 1.0, 1.0 / C
-    b = torch.logit(((weights * labels).sum(0) / weights.sum(0)).clamp(1e-6, 1 - 1e-6))
     if start is None:
+        b = torch.logit(((weights * labels).sum(0) / weights.sum(0)).clamp(1e-6, 1 - 1e-6))
         a = labels.new_zeros(reduced.count, labels.shape[1])
         f = b.expand_as(labels).clone()
         # were all examples alike, their margin m would satisfy m = C tail p with p = 1 / (1 + exp(m))
         margin = sign * b + _common(C * reduced.tail)
     else:
-        a, f = start.clone(), reduced.times(start) + b
+        a, b = start[0].clone(), start[1].clone()
+        f = reduced.times(a) + b
         margin = sign * f
     margin = margin.clamp(-precision.margin, precision.margin)
     active = torch.arange(labels.shape[1], device=labels.device)
@@ -338,7 +348,7 @@ def _solve(reduced: Reduced, labels: Tensor, weights: Tensor, C: Tensor, start: 
         f[:, active] += step_f
         reached = (y * f[:, active]).clamp(-precision.margin, precision.margin)
         margin[:, active] = _next(m, reached, p, q).clamp(-precision.margin, precision.margin)
-        active = active[(curvature * (reached - m).square()).sum(0) / 2.0 > precision.gap]
+        active = active[(curvature * (reached - m).square()).sum(0) / 2.0 > gap]
         if not len(active):
             break
     return a, b

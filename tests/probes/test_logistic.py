@@ -153,6 +153,6 @@ def test_a_good_start_changes_nothing():
     features, label = examples(80, 200)
     reduced = reduce(torch.tensor(features))
     y, C = torch.tensor(label)[:, None], torch.tensor([1.0], dtype=torch.float64)
-    near, _ = solve(reduced, y, torch.ones_like(y), 0.5 * C)
+    near = solve(reduced, y, torch.ones_like(y), 0.5 * C)
     cold, warm = (reduced.raw(*solve(reduced, y, torch.ones_like(y), C, start))[0] for start in (None, near))
     torch.testing.assert_close(cold, warm, rtol=0, atol=1e-5 * float(cold.abs().max()))
