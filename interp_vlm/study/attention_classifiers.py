@@ -149,6 +149,8 @@ def _scores(make: Callable[[int], Any], x: np.ndarray, labels: np.ndarray, folds
         with warnings.catch_warnings():
             # The perceptron stops after 20 epochs on purpose: that is what holds it back from learning by heart.
             warnings.simplefilter("ignore", ConvergenceWarning)
+            # Fewer examples than a batch holds are one batch.
+            warnings.filterwarnings("ignore", message="Got `batch_size`")
             fitted = make(seed).fit(x[~test], labels[~test])
         scores[test] = fitted.predict_proba(x[test])[:, 1] - labels[~test].mean()
     return scores

@@ -1,11 +1,13 @@
 """A study killed at any moment goes on where it was and ends with the same bytes."""
 
+import itertools
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from interp_vlm.study.settings import Settings
 SETTINGS = Settings(models=("testbed:llava",), limit=18, seed=3)
 MAIN = "from interp_vlm.cli import main; main()"
 EXPERIMENTS = len(SETTINGS.experiments)
+KILLS = 10
 
 
 def _command(folder: Path, workers: int, resume: bool) -> list[str]:
@@ -26,6 +29,11 @@ def _command(folder: Path, workers: int, resume: bool) -> list[str]:
 def _parts(folder: Path) -> dict[str, int]:
     """The finished parts and when they were written."""
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns for path in folder.glob("parts/*/*/*.parquet")}
+
+
+def _further(folder: Path, done: int) -> bool:
+    """Whether a part more than these is finished, or all of them."""
+    return len(_parts(folder)) > done or (folder / "tables").exists()
 
 
 def _kill(folder: Path, workers: int, resume: bool, until, after: float) -> list[int]:
@@ -60,25 +68,24 @@ def whole(tmp_path_factory, quiet) -> Path:
     return folder
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path):
+def test_killed_at_ten_moments_and_resumed_it_ends_with_the_same_bytes(whole, tmp_path):
     chance = random.Random(5)
     folder = tmp_path / "run"
-    # in the middle of the parts, twice, with worker processes; then as soon as results are being written, without
-    workers = _kill(folder, 2, False, lambda: len(_parts(folder)) >= 1, chance.uniform(0, 0.4))
-    first = _parts(folder)
-    assert 1 <= len(first) < EXPERIMENTS + 1
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive the study that started them"
-        time.sleep(0.05)
-    first = _parts(folder)
-    _kill(folder, 1, True, lambda: len(_parts(folder)) > len(first), chance.uniform(0, 0.4))
-    second = _parts(folder)
-    _kill(folder, 1, True, lambda: (folder / "tables").exists(), chance.uniform(0, 0.4))
-    third = _parts(folder)
+    known: list[dict[str, int]] = [{}]
+    for number in range(KILLS):
+        # after a further part, or in the middle of the next one; the last times while tables or the report are written
+        late, done = number >= KILLS - 2, len(known[-1])
+        until = (folder / "tables").exists if late else partial(_further, folder, done)
+        workers = _kill(folder, 1 + number % 2, number > 0, until, chance.uniform(0, 0.4))
+        deadline = time.monotonic() + 20
+        while any(_alive(pid) for pid in workers):
+            assert time.monotonic() < deadline, "workers outlive the study that started them"
+            time.sleep(0.05)
+        known.append(_parts(folder))
+    assert 1 <= len(known[1]) < EXPERIMENTS
     subprocess.run(_command(folder, 1, True), check=True, capture_output=True)
 
-    for before, after in ((first, second), (second, third), (third, _parts(folder))):
+    for before, after in itertools.pairwise([*known, _parts(folder)]):
         assert before.items() <= after.items(), "a finished part was done again or lost"
     expected = {path.relative_to(whole).as_posix(): path.read_bytes() for path in whole.glob("tables/*")}
     expected |= {path.relative_to(whole).as_posix(): path.read_bytes() for path in whole.glob("examples/*")}
