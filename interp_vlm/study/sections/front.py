@@ -57,9 +57,7 @@ def front(tables: Mapping[str, pd.DataFrame], sections: Mapping[str, Section], m
         cards.append(Card("Which signals predict a right answer?", answer, _signals(found, models), "reliability"))
     if "masking" in sections:
         found = where(tables["masking"], kind="all", draw="", fill="mean", source="all layers")
-        cards.append(
-            Card("What is causally needed?", sections["masking"].summary, _needed(found, models), "masking")
-        )
+        cards.append(Card("What is causally needed?", sections["masking"].summary, _needed(found, models), "masking"))
     if "reliability" in sections:
         found = where(tables["reliability"], kind="all", signal="probe")
         cards.append(Card("Where in depth does it live?", _depth_answer(found), _depth(found, models), "reliability"))
