@@ -157,14 +157,15 @@ class Tall(Reduced):
             d_f = rows @ d_a + d_b
             bent = model.weight * d_f
             h_a, h_b = rows.T @ bent + ridge * d_a, bent.sum(0)
-            size = torch.where(rz > wanted, rz / ((d_a * h_a).sum(0) + d_b * h_b).clamp_min(1e-300), 0.0)
+            going = rz > wanted
+            size = torch.where(going, rz / ((d_a * h_a).sum(0) + d_b * h_b).clamp_min(1e-300), 0.0)
             x_a, x_b, x_f = x_a + size * d_a, x_b + size * d_b, x_f + size * d_f
             r_a, r_b = r_a - size * h_a, r_b - size * h_b
             z_a, z_b = r_a / shape, r_b / mass
             new = (r_a * z_a).sum(0) + r_b * z_b
             if bool((new <= wanted).all()):
                 break
-            turn = new / rz.clamp_min(1e-300)
+            turn = torch.where(going, new / rz, 0.0)
             d_a, d_b, rz = z_a + turn * d_a, z_b + turn * d_b, new
         return x_a, x_b, x_f
 
@@ -211,13 +212,15 @@ class Wide(Reduced):
         for _ in range(CG_STEPS):
             d_f = self.times(h * d)
             bent = h * d_f + ridge * d
-            size = torch.where(rz > wanted, rz / (d * bent).sum(0).clamp_min(1e-30), 0.0)
+            going = rz > wanted
+            size = torch.where(going, rz / (d * bent).sum(0).clamp_min(1e-30), 0.0)
             x, x_f, residual = x + size * d, x_f + size * d_f, residual - size * bent
             z = balanced(residual)
             new = (residual * z).sum(0)
             if bool((new <= wanted).all()):
                 break
-            d, rz = z + (new / rz.clamp_min(1e-30)) * d, new
+            # a problem that is done waits for the others; its rz is rounding, of either sign
+            d, rz = z + torch.where(going, new / rz, 0.0) * d, new
         # what the residual has left along h is the intercept's
         x_b = (offset * residual).sum(0) / mass
         return h * x, x_b, x_f + x_b
