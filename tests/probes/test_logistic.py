@@ -8,7 +8,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from interp_vlm.probes.logistic import Tall, Wide, reduce, solve
+from interp_vlm.probes import nested
+from interp_vlm.probes.logistic import C_PATH, PRECISION, Tall, Wide, _Model, reduce, solve
 from interp_vlm.probes.measures import fold_auroc
 from interp_vlm.probes.nested import score_fold
 
@@ -156,3 +157,41 @@ def test_a_good_start_changes_nothing():
     near = solve(reduced, y, torch.ones_like(y), 0.5 * C)
     cold, warm = (reduced.raw(*solve(reduced, y, torch.ones_like(y), C, start))[0] for start in (None, near))
     torch.testing.assert_close(cold, warm, rtol=0, atol=1e-5 * float(cold.abs().max()))
+
+
+def test_a_problem_that_is_done_waits_for_the_others():
+    """Only the intercept moves: what is left for the coefficients is rounding, of either sign."""
+    features, label = examples(120, 300)
+    reduced = reduce(torch.tensor(features, dtype=torch.float32))
+    weight = torch.rand(120, 17, generator=torch.Generator().manual_seed(0)) / 4.0
+    pull = weight.clone()
+    pull[:, -1] = torch.tensor(label).float() - 0.5  # the one they wait for
+
+    def step(columns: slice) -> tuple[torch.Tensor, ...]:
+        part = pull[:, columns], weight[:, columns], torch.full((17,), 0.1)[columns]
+        return reduced.step(_Model(*part, PRECISION[torch.float32]), torch.zeros_like(part[0]))
+
+    together, alone = step(slice(17)), step(slice(16, 17))
+    for found, expected in zip(together, alone, strict=True):
+        assert torch.isfinite(found).all()
+        torch.testing.assert_close(found[..., -1:], expected, rtol=0, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "kind"), [(160, 20, torch.float64), (100, 250, torch.float64), (300, 600, torch.float32)]
+)
+@pytest.mark.parametrize("signal", [0.0, 2.0, 30.0])
+def test_the_race_has_the_winner_of_solving_every_problem(n, d, kind, signal, monkeypatch):
+    """From noise, where the smallest C wins, to classes that separate, where a large one does."""
+    rng = np.random.default_rng(5)
+    hidden = rng.normal(size=(n, d)) / np.sqrt(np.arange(1, d + 1))
+    own = rng.random(n) < 1.0 / (1.0 + np.exp(-signal * hidden[:, 0]))
+    targets = np.stack([own, rng.permutation(own)], axis=1).astype(np.float64)
+    features = torch.tensor(hidden @ rng.normal(size=(d, d)), dtype=kind)
+    half, inner = n // 2, np.arange(n // 2) % 4
+    raced = score_fold(features[:half], features[half:], targets[:half], inner, C_PATH)
+    monkeypatch.setattr(nested, "RACE", nested.RACE[-1:])
+    full = score_fold(features[:half], features[half:], targets[:half], inner, C_PATH)
+    assert raced.chosen.tolist() == full.chosen.tolist()
+    np.testing.assert_allclose(raced.inner_auroc, full.inner_auroc, atol=2e-3)
+    np.testing.assert_allclose(raced.test, full.test, atol=2e-3 * full.test.std())
