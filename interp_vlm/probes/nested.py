@@ -65,7 +65,7 @@ def score_fold(
     """
     reduced = reduce(train, standardise=standardise)
     rows = reduced.rows
-    count, strengths = targets.shape[1], np.asarray(sorted(C))
+    _count, strengths = targets.shape[1], np.asarray(sorted(C))
 
     def scored(columns: np.ndarray, strength: np.ndarray, start: tuple[Tensor, Tensor] | None = None) -> np.ndarray:
         labels = torch.as_tensor(columns).to(rows)
