@@ -6,6 +6,7 @@ activations (batch, pos, ...), masks as True = may attend (batch, 1 or head, que
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +153,11 @@ class Access:
 
     def read_call(self, layer: int) -> dict[str, Any]:
         """The keyword arguments of a decoder layer, without its key-value cache."""
-        _, kwargs = self.layer(layer).inputs
-        return {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}
+        return _without_cache(self.layer(layer).inputs[1])
+
+    def read_decoder_call(self) -> dict[str, Any]:
+        """The keyword arguments of the decoder, without its key-value cache."""
+        return _without_cache(self.find(self.anatomy.decoder).inputs[1])
 
     # -- image side ------------------------------------------------------------------------------------------------
 
@@ -212,6 +216,10 @@ def as_additive(
 ) -> Float[Tensor, "batch heads query key"]:
     """An additive mask with everything outside `keep` blocked by its dtype's lowest value, any bias inside kept."""
     return torch.where(keep, found, torch.finfo(found.dtype).min)
+
+
+def _without_cache(call: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in call.items() if name not in ("past_key_values", "use_cache")}
 
 
 def _first(value: Any) -> Tensor:

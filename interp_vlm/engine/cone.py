@@ -6,6 +6,7 @@ every other run.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,7 +21,7 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.models.anatomy import Anatomy
 
-__all__ = ["Cone", "Rest", "alike", "run_cone"]
+__all__ = ["Cone", "Rest", "alike", "run_cone", "run_decoder"]
 
 
 @runtime_checkable
@@ -102,6 +103,34 @@ def run_cone(root: NNsight, access: Access, cone: Cone, program: Program) -> Rec
 
     recording, stops = Recording(), program.visits()
     with alone("a run"), torch.no_grad(), root.trace(fn=through, hidden=cone.trunk.keys[0]):
+        walk(access, program, stops, recording)
+    recording.logits = returned[0]
+    return recording
+
+
+def run_decoder(
+    root: NNsight, access: Access, call: Mapping[str, Any], last: Int[Tensor, " batch"], program: Program
+) -> Recording:
+    """Run the decoder as the model called it, the image side taken from the run in which it did.
+
+    Args:
+        root: the wrapped model.
+        access: its sites.
+        call: the decoder's keyword arguments.
+        last: each example's answer position.
+        program: what to edit and record; nothing on the image side before the projected tokens.
+    """
+    returned, model = [], root._module
+    decoder, head = model.get_submodule(access.anatomy.decoder), model.get_submodule(access.anatomy.head)
+
+    def through(inputs_embeds: Tensor) -> Tensor:
+        hidden = decoder(**{**call, "inputs_embeds": inputs_embeds, "use_cache": False}).last_hidden_state
+        rows = hidden[torch.arange(len(hidden), device=hidden.device), last]
+        returned.append(capped(head(rows), access.anatomy))
+        return returned[0]
+
+    recording, stops = Recording(), program.visits()
+    with alone("a run"), torch.no_grad(), root.trace(fn=through, inputs_embeds=call["inputs_embeds"]):
         walk(access, program, stops, recording)
     recording.logits = returned[0]
     return recording

@@ -61,6 +61,7 @@ class Program:
         captures: layers to record, by site.
         attention: layers whose attention inputs are recorded, for rebuilding weights.
         calls: layers whose keyword arguments are recorded.
+        decoder: whether those of the decoder are recorded.
         keep: reduces a captured value to what was asked for, by site.
     """
 
@@ -68,6 +69,7 @@ class Program:
     captures: Mapping[str, Iterable[int]] = field(default_factory=dict)
     attention: frozenset[int] = frozenset()
     calls: frozenset[int] = frozenset()
+    decoder: bool = False
     keep: Callable[[str, Tensor], Tensor] = lambda site, value: value
 
     def visits(self) -> list[tuple[tuple[int, int, int], str, int]]:
@@ -76,6 +78,7 @@ class Program:
         stops |= {(site, layer) for site, layers in self.captures.items() for layer in layers}
         stops |= {("pattern", layer) for layer in self.attention}
         stops |= {(_CALL, layer) for layer in self.calls}
+        stops |= {(_DECODER, 0)} if self.decoder else set()
         return sorted(((_rank(site, layer), site, layer) for site, layer in stops), key=lambda stop: stop[0])
 
 
@@ -88,20 +91,23 @@ class Recording:
         values: captured values by (site, layer).
         attention: what each attention layer received and projected.
         calls: the keyword arguments of each decoder layer.
+        decoder: those of the decoder.
     """
 
     logits: Float[Tensor, "batch pos vocab"] | None = None
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
     calls: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    decoder: Mapping[str, Any] | None = None
 
 
-_CALL = "call"  # no site: how a decoder layer was called
+# No sites: how a decoder layer, and the decoder as a whole, were called.
+_CALL, _DECODER = "call", "decoder"
 
 
 def _rank(site: str, layer: int) -> tuple[int, int, int]:
-    if site == _CALL:
-        return 2, layer, -1
+    if site in (_CALL, _DECODER):
+        return (2, layer, -1) if site == _CALL else (1, 0, -1)
     part = {"vision": 0, "projector": 1, "decoder": 2}[SITES[site].part]
     return part, layer, SITES[site].order
 
@@ -129,6 +135,9 @@ def walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]]
         for layer in edit.layers:
             edits[edit.site.name, layer].append(edit)
     for _, site, layer in stops:
+        if site == _DECODER:
+            recording.decoder = access.read_decoder_call()
+            continue
         if site == _CALL:
             recording.calls[layer] = access.read_call(layer)
             continue

@@ -5,8 +5,9 @@ What an intervention can change is read from the masks that attention received, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -35,6 +36,8 @@ class Plan:
         start: the first position computed.
         reason: why this plan, in words.
         memory: bytes that are kept of the run without interventions.
+        tower: whether the vision tower runs; where nothing in it is edited, its output is taken from that run.
+        idle: whether nothing reads what is changed, so that the answers are those of that run.
     """
 
     name: str
@@ -44,11 +47,14 @@ class Plan:
     start: int
     reason: str
     memory: int = 0
+    tower: bool = False
+    idle: bool = False
 
     def explain(self) -> str:
         """The plan in a sentence."""
         kept = f", {self.memory / 2**20:.1f} MiB kept of the run without interventions" if self.memory else ""
-        return f"{self.name}: {self.rows} token rows through {self.layers} layers{kept}, because {self.reason}"
+        tower = ", the vision tower taken from it" if self.name == "full" and not self.tower else ""
+        return f"{self.name}: {self.rows} token rows through {self.layers} layers{kept}{tower}, because {self.reason}"
 
 
 def check_engine(engine: str) -> None:
@@ -64,6 +70,7 @@ def choose(
     trunk: Trunk | None,
     engine: str = "auto",
     why: str = "",
+    decoder: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Choose the smallest exact plan for edits that run together, or check the one that was asked for.
 
@@ -74,12 +81,17 @@ def choose(
         trunk: the clean run; None where no cone can start from one.
         engine: one of `ENGINES`.
         why: why there is no trunk, in words.
+        decoder: how the clean run called the decoder; None where it is not known.
 
     Raises:
         InterventionError: for an engine that does not exist, or a plan that would not be exact.
     """
     exact = _exact(edits, batch, n_layers, trunk, why)
     if engine == "auto":
+        whole = any(edit.site.part == "vision" for edit in edits)
+        if exact[0].name == "full" and edits and decoder is not None and not whole:
+            kept = sum(value.nbytes for value in decoder.values() if isinstance(value, Tensor))
+            return replace(exact[0], tower=False, memory=kept)
         return exact[0]
     named = {plan.name: plan for plan in exact}
     if engine not in named:
@@ -100,7 +112,7 @@ def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
     layer = min(layer for edit in edits for layer in edit.layers)
     length, kept, depth = trunk.length, trunk.nbytes, n_layers - layer
     last = batch.last.to(edits[0].selected.device)
-    start, alone = _reach(edits, batch, n_layers, trunk)
+    start, alone, idle = _reach(edits, batch, n_layers, trunk)
     plans = []
     above = f"nothing changes before layer {layer}"
     if alone and not trunk.unknown:
@@ -108,13 +120,14 @@ def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
         plans.append(Plan("last_row", len(batch), depth, layer, int(last.min()), reason, kept))
     if start > 0 and not trunk.unknown:
         reason = f"{above} nor before position {start}, since no row before it attends a later one that does"
-        plans.append(Plan("suffix", len(batch) * (length - start), depth, layer, start, reason, kept))
-    plans.append(Plan("resume", len(batch) * length, depth, layer, 0, above, kept))
+        plans.append(Plan("suffix", len(batch) * (length - start), depth, layer, start, reason, kept, idle=idle))
+    plans.append(Plan("resume", len(batch) * length, depth, layer, 0, above, kept, idle=idle))
     return [*plans, _full(batch, n_layers, "it was asked for")]
 
 
-def _reach(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk) -> tuple[int, bool]:
-    """The first position that edits can change, and whether they can change the answers' own rows alone."""
+def _reach(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk) -> tuple[int, bool, bool]:
+    """The first position that edits can change, whether they can change the answers' own rows alone, and whether no
+    answer can change."""
     touched = edits[0].selected if len(edits) == 1 else torch.stack([edit.selected for edit in edits]).any(dim=0)
     # What a layer's attention reads has been decided before it: an edit behind that point spreads from the next layer.
     spreads = range(min(_spread_from(edit) for edit in edits), n_layers)
@@ -124,14 +137,15 @@ def _reach(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
     return trunk.reaches[key]
 
 
-def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, trunk: Trunk) -> tuple[int, bool]:
+def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, trunk: Trunk) -> tuple[int, bool, bool]:
     real = batch.inputs["attention_mask"].to(touched.device).bool()
     last = torch.zeros_like(touched)
     last[torch.arange(len(batch), device=touched.device), batch.last.to(touched.device)] = True
     start = int(touched.any(dim=0).float().argmax()) if bool(touched.any()) else int(batch.last.min())
-    alone = not bool((touched & ~last).any())
+    idle = not bool(touched.any()) or (not spreads and not bool((touched & last).any()))
+    alone = not idle and not bool((touched & ~last).any())
     if not spreads:
-        return start, alone
+        return start, alone, idle
     seen = trunk.attended(spreads) & real[:, :, None]
     alone = alone and not bool((seen & last[:, None, :] & ~last[:, :, None]).any())
     while start > 0:
@@ -139,7 +153,7 @@ def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, tr
         if not bool(earlier.any()):
             break
         start = int(earlier.float().argmax())
-    return start, alone
+    return start, alone, idle
 
 
 def _spread_from(edit: ResolvedPlace) -> int:
@@ -148,4 +162,4 @@ def _spread_from(edit: ResolvedPlace) -> int:
 
 
 def _full(batch: Batch, n_layers: int, reason: str) -> Plan:
-    return Plan("full", batch.inputs["input_ids"].numel(), n_layers, 0, 0, reason)
+    return Plan("full", batch.inputs["input_ids"].numel(), n_layers, 0, 0, reason, tower=True)

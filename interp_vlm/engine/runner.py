@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import rebuild
-from interp_vlm.engine.cone import Rest, alike, run_cone
+from interp_vlm.engine.cone import Rest, alike, run_cone, run_decoder
 from interp_vlm.engine.evidence import sink_scores
 from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
 from interp_vlm.engine.memory import Budget, budget
@@ -56,6 +56,7 @@ class CleanRun:
         evidence: scores per position that selectors need.
         values: whole sites by (site, layer), for means and donors.
         trunk: what cones start from.
+        decoder: the keyword arguments with which the model called its decoder.
     """
 
     logits: Float[Tensor, "batch vocab"]
@@ -63,6 +64,7 @@ class CleanRun:
     evidence: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
     values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     trunk: Trunk | None = None
+    decoder: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,7 @@ class Engine:
         self._clean: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
         # The first layer from which the decoder's layers, called one after another, gave the model's own answer.
         self._proved = anatomy.n_layers
+        self._decoder_proved: bool | None = None
 
     def known(self, batch: Batch) -> CleanRun | None:
         """The batch's clean run, if it was made with the weights that the model has now."""
@@ -128,9 +131,11 @@ class Engine:
         cache: Any = DynamicCache()
         if calls:  # a cache without a configuration keeps every position, in sliding layers too
             inputs["past_key_values"] = cache
-        recording = forward(self.root, self.access, inputs, replace(program, captures=captures, calls=calls))
+        program = replace(program, captures=captures, calls=calls, decoder=True)
+        recording = forward(self.root, self.access, inputs, program)
         assert recording.logits is not None
         held = held or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
+        held.decoder = recording.decoder
         held.evidence.update(self._evidence(missing, recording, batch))
         held.values.update({cell: recording.values[cell] for cell in absent})
         if calls:
@@ -184,7 +189,8 @@ class Engine:
         """
         check_engine(engine)
         allowed = budget(memory, batch.inputs["input_ids"].device)
-        starts = [None if engine == "full" else self._start_of(group) for group in groups]
+        cones = engine != "full" and self._kept(batch, 1) <= allowed
+        starts = [self._start_of(group) if cones else None for group in groups]
         for chunk in self._chunks(batch, starts, allowed):
             yield from self._chunk(batch, {number: groups[number] for number in chunk}, starts, engine, allowed, ahead)
 
@@ -204,8 +210,9 @@ class Engine:
         clean, listed = self._prepared(batch, list(groups.values()), wanted)
         resolved = dict(zip(groups, listed, strict=True))
         trunk, why = self._trunk(batch, clean, bool(wanted))
+        decoder = self._decoder(batch, clean) if engine == "auto" else None
         plans = {
-            number: choose(edits, batch, self.anatomy.n_layers, trunk, engine, why)
+            number: choose(edits, batch, self.anatomy.n_layers, trunk, engine, why, decoder)
             for number, edits in resolved.items()
         }
         packed = [(number, resolved[number], plans[number]) for number in groups if plans[number].name == "last_row"]
@@ -219,17 +226,23 @@ class Engine:
 
     def _one(self, batch: Batch, edits: Sequence[ResolvedPlace], chosen: Plan, clean: CleanRun) -> Outcome:
         """One run by the plan."""
-        if chosen.name == "full":
+        last = batch.last.to(clean.logits.device)
+        if chosen.tower:
             recording = forward(self.root, self.access, batch.inputs, receipts.program(edits))
             assert recording.logits is not None
             logits = answer_rows(recording.logits, batch.last)
+        elif chosen.name == "full":
+            assert clean.decoder is not None
+            recording = run_decoder(self.root, self.access, clean.decoder, last, receipts.program(edits))
+            assert recording.logits is not None
+            logits = recording.logits
         else:
             assert clean.trunk is not None
-            cone = Rest(clean.trunk, chosen.layer, chosen.start, batch.last.to(clean.logits.device))
+            cone = Rest(clean.trunk, chosen.layer, chosen.start, last)
             edits = [cone.placed(edit) for edit in edits]
             recording = run_cone(self.root, self.access, cone, receipts.program(edits))
             assert recording.logits is not None
-            logits = recording.logits[:, 0]
+            logits = clean.logits if chosen.idle else recording.logits[:, 0]
         receipts.refuse_without_effect(edits)
         change = float((logits - clean.logits).abs().max())
         (issued,) = receipts.issue([edits], recording, self.access, [change], chosen.name)
@@ -245,7 +258,8 @@ class Engine:
             start = None
         clean, (edits,) = self._prepared(batch, [interventions], set() if start is None else {start})
         trunk, why = self._trunk(batch, clean, start is not None)
-        return choose(edits, batch, self.anatomy.n_layers, trunk, engine, why)
+        decoder = self._decoder(batch, clean) if engine == "auto" else None
+        return choose(edits, batch, self.anatomy.n_layers, trunk, engine, why, decoder)
 
     def _start_of(self, group: Sequence[Intervention]) -> int | None:
         """The decoder layer from which a group's cone would start; None where it touches the image side or nothing."""
@@ -263,8 +277,8 @@ class Engine:
         """Numbers of the groups that one clean run serves, so that what it keeps stays within the budget."""
         layers = sorted({start for start in starts if start is not None})
         one, two = self._kept(batch, 1), self._kept(batch, 2)
-        fitting = 0 if one > allowed else 1 + (allowed - one) // max(1, two - one)
-        if not layers or not fitting or len(layers) <= fitting:
+        fitting = 1 + (allowed - one) // max(1, two - one)
+        if len(layers) <= fitting:
             return [list(range(len(starts)))]
         parts = [set(layers[at : at + fitting]) for at in range(0, len(layers), fitting)]
         rest = [number for number, start in enumerate(starts) if start is None]
@@ -284,6 +298,15 @@ class Engine:
             clean.trunk = None
             return None, "the decoder's layers called one after another do not give this model's answer"
         return clean.trunk, ""
+
+    def _decoder(self, batch: Batch, clean: CleanRun) -> Mapping[str, Any] | None:
+        """How the model called its decoder, once that call alone has given the model's own answer."""
+        if clean.decoder is not None and self._decoder_proved is None:
+            last = batch.last.to(clean.logits.device)
+            again = run_decoder(self.root, self.access, clean.decoder, last, Program()).logits
+            assert again is not None
+            self._decoder_proved = alike(again, clean.logits)
+        return clean.decoder if self._decoder_proved else None
 
     def resolve(
         self, batch: Batch, interventions: Sequence[Intervention], *, generating: bool = False

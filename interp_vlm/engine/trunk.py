@@ -34,7 +34,7 @@ class Trunk:
     residuals: dict[int, Float[Tensor, "batch pos d"]]
     keys: list[Float[Tensor, "batch head pos d_head"]]
     values: list[Float[Tensor, "batch head pos d_head"]]
-    reaches: dict[Hashable, tuple[int, bool]] = field(default_factory=dict)
+    reaches: dict[Hashable, tuple[int, bool, bool]] = field(default_factory=dict)
     _attended: dict[frozenset[int], Tensor] = field(default_factory=dict)
 
     @property

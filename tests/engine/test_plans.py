@@ -223,7 +223,7 @@ class TestMemory:
         torch.testing.assert_close(found.values, wanted.values, rtol=1e-10, atol=1e-12)
         monkeypatch.undo()
         nothing = iv.sweep(self.setting.vlm, self.setting.batch, self.many(), memory=1)
-        assert {receipt.plan for receipts in nothing.receipts for receipt in receipts} >= {"last_row", "full"}
+        assert {receipt.plan for receipts in nothing.receipts for receipt in receipts} == {"full"}
         torch.testing.assert_close(nothing.values, wanted.values, rtol=1e-10, atol=1e-12)
 
     def test_captures_that_will_not_be_used_are_not_kept(self):
@@ -257,6 +257,36 @@ class TestMemory:
         for wrong in ("four", "0GiB", -1, 0, 1.5, True, "4"):
             with pytest.raises(InterventionError, match="expected bytes, a size such as '4GiB'"):
                 budget(wrong, cpu)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vision_tower_runs_again_only_where_it_is_edited(family):
+    setting = Setting(family)
+    ran = []
+    tower = setting.vlm.model.get_submodule(setting.vlm.anatomy.vision)
+    handle = tower.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        masked = iv.Ablation("projector_out", positions=select.random(0.5, seed=1), to="zero")
+        wanted = setting.vlm.run(setting.batch, masked, engine="full")
+        before = len(ran)
+        found = setting.vlm.run(setting.batch, masked)
+        assert len(ran) == before
+        assert "the vision tower taken from it" in found.plan.explain()
+        assert gap(found.logits, wanted.logits) <= setting.tolerance
+        assert setting.vlm.run(setting.batch, iv.Ablation("vision_post", layers=[0], to="zero")).plan.tower
+        assert len(ran) > before
+    finally:
+        handle.remove()
+
+
+def test_what_nothing_reads_changes_nothing_to_the_bit():
+    setting = Setting("llava", bits=32)
+    unread = iv.AttentionKnockout(select.question - select.last, "image", layers=[-1], allow_empty=True)
+    run = setting.vlm.run(setting.batch, unread)
+    assert run.receipts[0].changed > 0
+    assert run.plan.idle
+    assert torch.equal(run.logits, run.clean_logits)
+    assert not setting.vlm.plan(setting.batch, iv.AttentionKnockout("last", "image", layers=[-1])).idle
 
 
 def test_results_come_in_the_order_asked():

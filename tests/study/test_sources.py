@@ -49,5 +49,5 @@ def test_a_study_of_pope(source, tmp_path):
     assert examples["group"].nunique() == 3
     assert examples["correct"].mean() > 0.6
     assert {path.name for path in (report.parent / "tables").glob("*.csv")} == {
-        "accuracy.csv", "signals.csv", "masking.csv", "knockout.csv",
-    }  # fmt: skip
+        f"{name}.csv" for name in (*settings.experiments, "claims") if name not in ("patching", "neurons")
+    }
