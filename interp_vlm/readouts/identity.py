@@ -44,7 +44,7 @@ class ModelIdentity:
             raise ModelError(
                 f"{what} was written by another model: {'; '.join(changed)}",
                 expected=f"{self.name}{f' at revision {self.revision}' if self.revision else ''}",
-                remedy="load that model, or write anew to another folder",
+                remedy="load that model, or make this anew with the one at hand",
             )
 
     @classmethod

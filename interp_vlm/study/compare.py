@@ -42,8 +42,8 @@ def compare(
 ) -> None:
     """Compare how fragile models are: what ablating neurons and bypassing layers costs each of them.
 
-    Prints a table side by side and writes a report with the fragility curves of all models. All numbers are at two
-    thirds of each model's depth, so that the comparison is fair.
+    Prints a table side by side and writes a report with the fragility curves of all models. Neurons are
+    ablated at two thirds of each model's depth and an MLP is left out at 25/27 of it, so that the comparison is fair.
 
     Example: interp-vlm compare testbed:llava testbed:paligemma --limit 60 --out runs/fragility
     """
