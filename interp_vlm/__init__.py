@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from interp_vlm.probes.transfer import probe_transfer
     from interp_vlm.readouts import store
     from interp_vlm.readouts.answers import Answer
+    from interp_vlm.readouts.attribution import Attribution, attribution
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
     from interp_vlm.readouts.head_contribution import HeadContributions, head_contributions
     from interp_vlm.readouts.lens import LogitLens, logit_lens
@@ -75,6 +76,7 @@ _HOME = {
     "interp_vlm.probes.sparse": ("stable_neurons",),
     "interp_vlm.probes.transfer": ("probe_transfer",),
     "interp_vlm.readouts.answers": ("Answer",),
+    "interp_vlm.readouts.attribution": ("Attribution", "attribution"),
     "interp_vlm.readouts.consistency": ("SelfConsistency", "self_consistency"),
     "interp_vlm.readouts.head_contribution": ("HeadContributions", "head_contributions"),
     "interp_vlm.readouts.lens": ("LogitLens", "logit_lens"),
@@ -102,6 +104,7 @@ __all__ = [
     "Anatomy",
     "Answer",
     "AttentionKnockout",
+    "Attribution",
     "Batch",
     "Cache",
     "DataError",
@@ -125,6 +128,7 @@ __all__ = [
     "TruthMargin",
     "answer_logprob",
     "answer_probability",
+    "attribution",
     "data",
     "flipped",
     "head_contributions",

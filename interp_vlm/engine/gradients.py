@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from interp_vlm.sites import SITES
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens.batch import Batch
 
-__all__ = ["GRADIENT_SITES", "Gradients", "gradients"]
+__all__ = ["GRADIENT_SITES", "Gradients", "gradients", "refuse_without_gradient"]
 
 GRADIENT_SITES = tuple(row.name for row in SITES.values() if row.part == "decoder" and "k" not in row.axes)
 """The sites that have gradients: activations of the decoder."""
@@ -61,12 +62,7 @@ def gradients(
         InterventionError: for a site without gradients, or a score that does not depend smoothly on the logits.
         ModelError: for weights that were loaded in inference mode, through which nothing can be differentiated.
     """
-    if site_named(site).name not in GRADIENT_SITES:
-        raise InterventionError(
-            f"site {site!r} has no gradients here",
-            expected=f"one of {', '.join(GRADIENT_SITES)}",
-            remedy="patch it exactly: iv.ActivationPatch or iv.AttentionKnockout in iv.sweep",
-        )
+    refuse_without_gradient(site)
     if any(weight.is_inference() for weight in engine.root._module.parameters()):
         raise ModelError("weights made in torch.inference_mode", expected="weights made outside of it")
     recording = _forward(engine, batch, site, layers)
@@ -85,11 +81,25 @@ def gradients(
     )
 
 
+def refuse_without_gradient(site: str) -> None:
+    """Refuse a site that is no activation of the decoder.
+
+    Raises:
+        InterventionError: in that case.
+    """
+    if site_named(site).name not in GRADIENT_SITES:
+        raise InterventionError(
+            f"site {site!r} has no gradients here",
+            expected=f"one of {', '.join(GRADIENT_SITES)}",
+            remedy="change it exactly: iv.ActivationPatch or iv.AttentionKnockout in iv.sweep",
+        )
+
+
 def _forward(engine: Engine, batch: Batch, site: str, layers: Sequence[int]) -> Recording:
     access, recording, first = engine.access, Recording(), min(layers)
     program = Program(captures={site: layers}, keep=lambda name, value: value)
     stops = program.visits()
-    with alone("a backward pass"), torch.enable_grad(), engine.root.trace(**dict(batch.inputs)):
+    with alone("a backward pass"), torch.enable_grad(), engine.root.trace(**dict[str, Any](batch.inputs)):
         # All that is asked for comes after this tensor, so that nothing before it has to be kept for the way back.
         access.read("resid_pre", first).requires_grad_(True)
         for stop in stops:
