@@ -105,7 +105,7 @@ class VLM:
             batch: encoded examples.
             interventions: applied in the model's own order; two edits of the same cells in the order of the list.
             choices: closed answers to choose between, for example ("yes", "no"); by default the whole vocabulary.
-            engine: "auto" or "full".
+            engine: "auto" takes the smallest plan that is exact; "last_row", "suffix", "resume" and "full" ask for one.
 
         Raises:
             InterventionError: for an intervention out of range, or one that cannot have an effect.
@@ -380,7 +380,9 @@ def sweep(
         batches: one batch, or several whose examples are laid end to end.
         many: interventions, or lists of interventions to run together (`iv.vary` makes them).
         metric: `metric(logits, context) -> (batch,)`, for example `iv.logit_difference`.
-        options: `engine`, and `progress`, called with the number of examples done.
+        options: `engine` as in `vlm.run`; `memory`, what may be kept of the run without interventions and taken by the
+            rows of one pass: bytes, a size such as "4GiB", or a share of the device's free memory (a quarter by
+            default); `progress`, called with the number of examples done.
 
     Returns:
         A `Sweep` with `.values` (intervention, example), `.frame()` and `.plot()`.
