@@ -1,6 +1,6 @@
 """Draw docs/light-cone.png: what each plan computes, from real plans of two embedded models.
 
-    python experiments/light_cone.py [PATH]
+python experiments/light_cone.py [PATH]
 """
 
 from __future__ import annotations

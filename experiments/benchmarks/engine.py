@@ -1,6 +1,6 @@
 """Sweeps by the light-cone engine against the same interventions one by one with other tools.
 
-    python experiments/benchmarks/engine.py           # T = 606, 10 layers, width 512; some ten minutes
+    python experiments/benchmarks/engine.py           # T = 605, 10 layers, width 512; some ten minutes
     python experiments/benchmarks/engine.py --quick   # small sizes, which say little about large ones
 
 A LLaVA of the real class with random weights (which no time depends on) and the processor of `testbed:llava`, on one
