@@ -18,7 +18,7 @@ COLOURS = ("#f1f1f1", "#9cc3e6", "#d9541e")
 NAMES = ("not needed", "keys and values kept of the clean run", "computed")
 START = "#1b4f72"
 
-PANELS = (
+PANELS: tuple[tuple[str, Any], ...] = (
     ("testbed:llava", iv.AttentionKnockout("last", "image", layers=[2])),
     ("testbed:llava", iv.AttentionKnockout("question", "image", layers=[1])),
     ("testbed:paligemma", iv.AttentionKnockout("last", "image", layers=[1])),

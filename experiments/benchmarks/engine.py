@@ -82,7 +82,7 @@ class Bench:
         pictures = [Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)) for _ in range(2)]
         question = " ".join(QUESTION.split()[: shape.words])
         self.batch, self.other = (self.vlm.encode([picture], [question]) for picture in pictures)
-        self.bare = copy.deepcopy(self.vlm.model)  # nnsight has never seen it
+        self.bare: Any = copy.deepcopy(self.vlm.model)  # nnsight has never seen it
         self.root: Any = NNsight(copy.deepcopy(self.vlm.model))
 
     @property
@@ -138,7 +138,7 @@ class Bench:
         """The same knockout with TransformerLens, on a bridge around a copy of the model."""
         from transformer_lens.model_bridge import TransformerBridge
 
-        model = copy.deepcopy(self.vlm.model)
+        model: Any = copy.deepcopy(self.vlm.model)
         model.config.architectures = [type(model).__name__]  # by this it finds its adapter
         name = "llava-hf/llava-1.5-7b-hf"
         bridge: Any = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=self.vlm.tokenizer)
@@ -268,8 +268,8 @@ def raced(
             agree(own, how(edit))
     multiply = matmul(bench)
 
-    def each(how: Callable[[Edit], Tensor]) -> Callable[[int], None]:
-        return lambda number: [how(edit) for edit in some(edits, number)] and None
+    def each(how: Callable[[Edit], Tensor]) -> Callable[[int], Any]:
+        return lambda number: [how(edit) for edit in some(edits, number)]
 
     ways = {"ours": lambda _: iv.sweep(bench.vlm, bench.fresh(), many), "matmul": multiply}
     took = race(ways | {name: each(how) for name, (how, _) in others.items()}, bench.shape.rounds)
