@@ -184,23 +184,26 @@ def _weigh(
     inputs, anatomy = recording.attention[layer], access.anatomy
     places = [edit.query_rows() for edit in edits]
     rows = torch.cat([rows for rows, _ in places], dim=1).clamp(min=0)
+    real = torch.cat([own for _, own in places], dim=1)
     module: nn.Module = access.inside(layer, anatomy.attn)._module
     weights: Float[Tensor, "batch head row key"] = rebuild(module, anatomy, inputs, rows)
     example = torch.arange(len(rows), device=rows.device)[:, None]
     seen = recording.values["z", layer][example, rows]
-    gaps = (mix(weights, inputs, anatomy) - seen).abs().flatten(2)
-    start = 0
-    for edit, (_, own) in zip(edits, places, strict=True):
-        part = slice(start, start := start + own.shape[1])
-        if not bool(own.any()):
+    counts = [own.shape[1] for _, own in places]
+    masks = [edit.key_mask(weights.shape[-1]) for edit in edits]
+    keys = torch.cat([mask[:, None].expand(-1, n, -1) for mask, n in zip(masks, counts, strict=True)], dim=1)
+    heads = torch.stack([_heads(edit, anatomy) for edit in edits]).to(rows.device)
+    heads = heads.repeat_interleave(torch.tensor(counts, device=rows.device), dim=0).T
+    left = (weights * keys[:, None]).sum(-1).masked_fill(~(real[:, None] & heads), 0).amax(dim=(0, 1)).tolist()
+    gaps = (mix(weights, inputs, anatomy) - seen).abs().amax(dim=(2, 3)).masked_fill(~real, 0).amax(dim=0).tolist()
+    sizes = seen.abs().amax(dim=(0, 2, 3)).tolist()
+    found, start = real.any(dim=0).tolist(), 0
+    for count in counts:
+        part = slice(start, start := start + count)
+        if any(found[part]):
+            yield max(left[part]), max(gaps[part]) / max(*sizes[part], 1e-30)
+        else:
             yield 0.0, None
-            continue
-        left = weights[:, :, part].masked_fill(~own[:, None, :, None], 0)
-        blocked = edit.key_mask(weights.shape[-1])[:, None, None, :] & _heads(edit, anatomy)[:, None, None].to(
-            rows.device
-        )
-        gap = gaps[:, part].masked_fill(~own[..., None], 0).max() / seen[:, part].abs().max().clamp(min=1e-30)
-        yield float((left * blocked).sum(-1).max()), float(gap)
 
 
 def _heads(edit: ResolvedPlace, anatomy: Anatomy) -> Bool[Tensor, " head"]:

@@ -35,6 +35,7 @@ class Trunk:
     keys: list[Float[Tensor, "batch head pos d_head"]]
     values: list[Float[Tensor, "batch head pos d_head"]]
     reaches: dict[Hashable, tuple[int, bool, bool]] = field(default_factory=dict)
+    _keeps: dict[int, Tensor] = field(default_factory=dict)
     _attended: dict[frozenset[int], Tensor] = field(default_factory=dict)
 
     @property
@@ -50,8 +51,11 @@ class Trunk:
 
     def keep(self, layer: int) -> Bool[Tensor, "#batch head query key"]:
         """A layer's mask, True where attention is allowed."""
-        like = self.keys[layer].new_empty(len(self.keys[layer]), self.length, 0)
-        return as_keep(self.calls[layer]["attention_mask"], like, None, layer)
+        mask = self.calls[layer]["attention_mask"]
+        if id(mask) not in self._keeps:
+            like = self.keys[layer].new_empty(len(self.keys[layer]), self.length, 0)
+            self._keeps[id(mask)] = as_keep(mask, like, None, layer)
+        return self._keeps[id(mask)]
 
     def attended(self, layers: Iterable[int]) -> Bool[Tensor, "#batch query key"]:
         """Where attention is allowed in any of the layers and heads."""

@@ -108,8 +108,8 @@ def test_features_added_between_layers_are_not_claimed_by_an_edit_of_the_project
     assert ("adds vision features between" in receipt.note) == between
     assert ("adds vision features between" in str(receipt)) == between
     # and it is so: without the projection's content the picture still reaches the answer there, and only there
-    other = setting.vlm.run(setting.corrupt, iv.Ablation("projector_out", to="zero"))
-    same = setting.vlm.run(setting.batch, iv.Ablation("projector_out", to="zero"))
+    other = setting.vlm.run(setting.corrupt, iv.Ablation("projector_out", to="zero"), engine="full")
+    same = setting.vlm.run(setting.batch, iv.Ablation("projector_out", to="zero"), engine="full")
     assert torch.equal(other.logits, same.logits) == (not between)
     # an edit of the tower's first layer reaches both
     for batch in (setting.batch, setting.corrupt):
