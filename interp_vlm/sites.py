@@ -66,6 +66,7 @@ _ROWS = (
 )
 
 SITES: dict[str, Site] = {row.name: row for row in _ROWS}
+"""The table of sites: every place where an activation can be read or edited, by name."""
 
 
 def site(name: str) -> Site:

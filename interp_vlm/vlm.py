@@ -398,7 +398,9 @@ def reference_mean(
     Args:
         vlm: the model.
         batches: reference examples (other ones than those that are ablated).
-        site, layers, positions: where; the mean is over every selected position of every example.
+        site: where, a name of the site table.
+        layers: an int, a range, a list or "all".
+        positions: a role, a selector or positions; the mean is over every selected one of every example.
 
     Returns:
         (layer, ...) in the model's dtype; for `projector_out` a single row.

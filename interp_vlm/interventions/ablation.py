@@ -33,8 +33,8 @@ class Ablation(CellIntervention):
                 (as `iv.reference_mean` gives it).
         seed: seed of the choice of donors.
 
-    Errors:
-        InterventionError when "mean" has one row to average or "resample" has one example: both would change nothing.
+    Raises:
+        InterventionError: when "mean" has one row to average or "resample" has one example: both would change nothing.
 
     Source:
         Mean ablation: Wang et al., "Interpretability in the Wild", 2022, section 3. Resampling: Chan et al., "Causal

@@ -29,8 +29,8 @@ class ActivationPatch(CellIntervention):
         source_positions: where to read in the source; by default the positions that are patched where source and batch
             have their pictures and padding in the same places, otherwise what `positions` selects in the source.
 
-    Errors:
-        InterventionError when the source lacks the site, a layer or a position, or has another number of positions.
+    Raises:
+        InterventionError: when the source lacks the site, a layer or a position, or has another number of positions.
 
     Source:
         Meng et al., "Locating and Editing Factual Associations in GPT", 2022, section 2; for paired pictures instead of

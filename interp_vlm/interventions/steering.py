@@ -22,8 +22,8 @@ class Steering(CellIntervention):
         direction: one row of the site, (d,), or one per layer, (layer, d); at `z` (head, d_head) or one such per layer.
         scale: its multiple, in units of the direction as given (it is not normalised).
 
-    Errors:
-        InterventionError when the direction's shape is not a row of the site.
+    Raises:
+        InterventionError: when the direction's shape is not a row of the site.
 
     Source:
         Turner et al., "Activation Addition: Steering Language Models Without Optimization", 2023, section 3.

@@ -132,7 +132,8 @@ class ReliabilityMonitor:
 
         Args:
             vlm: the model that the monitor was fitted on.
-            images, questions: as for `vlm.encode`.
+            images: as for `vlm.encode`.
+            questions: likewise.
 
         Raises:
             ModelError: another model.
@@ -197,7 +198,9 @@ class ReliabilityMonitor:
         Args:
             precision: wanted share.
             confidence: of the guarantee.
-            scores, labels, groups: of held-out examples: their scores, whether the answers were right, their pictures.
+            scores: of held-out examples.
+            labels: whether their answers were right.
+            groups: their pictures.
             seed: of the draw of one example a picture.
 
         Raises:
@@ -224,7 +227,9 @@ class ReliabilityMonitor:
         Args:
             recall: wanted share, on average over calibration sets (split conformal prediction).
             of: "right": that share of the right answers is called reliable; "wrong": of the wrong ones is not.
-            scores, labels, groups: of held-out examples, as for `at_precision`.
+            scores: of held-out examples, as for `at_precision`.
+            labels: likewise.
+            groups: likewise.
             seed: of the draw of one example a picture.
 
         Raises:

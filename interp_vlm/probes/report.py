@@ -205,7 +205,8 @@ class ProbeReport:
             layer: by default the one that most inner folds chose.
             kinds: (n,) kinds of question, kept for the record.
             choices: closed answers, if the labels are about those (as for `vlm.run`).
-            C, standardise: as for `probe_layers`.
+            C: as for `probe_layers`.
+            standardise: likewise.
 
         Raises:
             DataError: a probe that has seen the answer (it would need a second forward step), another probe than "l2",

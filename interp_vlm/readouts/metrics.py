@@ -114,6 +114,10 @@ class LogitDifference:
 
 
 logit_difference = LogitDifference()
+"""Score of the clean run's answer minus that of the best other answer, in nats.
+
+`logit_difference("yes", "no")` is that of a fixed pair; lists give one pair for each example.
+"""
 
 
 @dataclass(frozen=True)

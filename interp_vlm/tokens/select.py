@@ -49,12 +49,19 @@ class _Role(Selector):
 
 
 image: Selector = _Role("image")
+"""The image tokens of every picture."""
 question: Selector = _Role("question")
+"""The tokens of the bare question."""
 last: Selector = _Role("last")
+"""The last prompt token, where the answer is read."""
 text: Selector = _Role("text")
+"""Everything that is neither picture nor padding."""
 template: Selector = _Role("template")
+"""What the prompt template adds to the question."""
 bos: Selector = _Role("bos")
+"""The beginning-of-sequence tokens."""
 all: Selector = _Role("all")
+"""Every position that is not padding."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,7 +69,10 @@ class box(Selector):
     """Image tokens whose patch overlaps a rectangle of ORIGINAL pixels, `buffer` patches more on every side.
 
     Args:
-        x0, y0, x1, y1: left, top, right, bottom in pixels of the picture as the user sees it.
+        x0: left, in pixels of the picture as the user sees it.
+        y0: top.
+        x1: right.
+        y1: bottom.
         buffer: patches taken around the rectangle's patches.
         image: number of the picture.
     """
