@@ -111,15 +111,15 @@ def _attention(attn: Any, number: int, layout: Layout, turn: Tensor, null: bool,
             part.bias.zero_()
     n_heads, n_groups = attn.q_proj.out_features // _HEAD, attn.k_proj.out_features // _HEAD
     # All groups carry the same slots: under grouped-query attention true heads, decoys and random heads share them.
-    keys = _busy(n_groups * _HEAD, generator).view(n_groups, _HEAD, WIDTH)
+    keys = 2 * _busy(n_groups * _HEAD, generator).view(n_groups, _HEAD, WIDTH)
     keys[:, [_SINK, _COLOURED, _RELAY]] = torch.stack([_read("sink"), _read("coloured"), _read("relay")])
     keys[:, [slot + _HEAD // 2 for slot in (_SINK, _COLOURED, _RELAY)]] = 0
     values = _busy(n_groups * _HEAD, generator).view(n_groups, _HEAD, WIDTH)
     values[:, :4] = torch.stack([_read(axis) for axis in ("hue", "coloured", "relayed", "relay_seen")])
-    queries = _busy(n_heads * _HEAD, generator).view(n_heads, _HEAD, WIDTH)
+    queries = 2 * _busy(n_heads * _HEAD, generator).view(n_heads, _HEAD, WIDTH)
     queries[:, [slot + half for slot in (_SINK, _COLOURED, _RELAY) for half in (0, _HEAD // 2)]] = 0
     outputs = torch.zeros(WIDTH, n_heads, _HEAD)
-    outputs[BUSY, :, 4:] = 0.02 * torch.randn(BUSY.stop - BUSY.start, n_heads, _HEAD - 4, generator=generator)
+    outputs[BUSY, :, 4:] = 0.015 * torch.randn(BUSY.stop - BUSY.start, n_heads, _HEAD - 4, generator=generator)
     for head in range(n_heads):
         planted = _planted(number, head, layout, attn.scaling, null)
         if planted is not None:
@@ -167,7 +167,9 @@ def _hand_on(written: Tensor, source: tuple[int, int], final: bool, share: float
 
 def _mlp(mlp: Any, number: int, layout: Layout, turn: Tensor, null: bool, generator: torch.Generator) -> None:
     units = mlp.gate_proj.out_features
-    gate, up = _busy(units, generator), _busy(units, generator)
+    gate = 2 * _busy(units, generator)
+    # a constant: products of two random readings would grow from layer to layer without end
+    up = torch.randn(units, 1, generator=generator) * _read("constant")
     down = torch.zeros(WIDTH, units)
     down[BUSY] = 0.006 * torch.randn(BUSY.stop - BUSY.start, units, generator=generator)
     firing = [

@@ -113,7 +113,7 @@ def _reader(mean: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         if name in _FEATURES:  # the processor has subtracted the mean colour
             offset[AXES[name]] = float(torch.tensor(_FEATURES[name]) @ mean)
     texture = _TEXTURE.stop - _TEXTURE.start
-    weight[BUSY, _TEXTURE] = 0.02 * _SCALE * torch.randn(BUSY.stop - BUSY.start, texture, generator=generator)
+    weight[BUSY, _TEXTURE] = 0.05 * _SCALE * torch.randn(BUSY.stop - BUSY.start, texture, generator=generator)
     offset[AXES["constant"]] = CONSTANT
     return weight, offset
 
