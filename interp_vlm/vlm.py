@@ -12,6 +12,7 @@ from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
 from interp_vlm.engine.full import alone, alongside, visit
+from interp_vlm.engine.leaks import Leaks, leaks
 from interp_vlm.engine.memory import Budget
 from interp_vlm.engine.place import resolve, selected
 from interp_vlm.engine.plan import Plan
@@ -214,6 +215,12 @@ class VLM:
     def plan(self, batch: Batch, interventions: Intervention | Sequence[Intervention], engine: str = "auto") -> Plan:
         """How the engine would run these interventions; `plan(...).explain()` says it in words."""
         return self._engine.plan(batch, _listed(interventions), engine)
+
+    def leaks(
+        self, batch: Batch, interventions: Intervention | Sequence[Intervention] = (), *, source: Any = None
+    ) -> Leaks:
+        """The routes by which blocked information still reaches the answer; see `interp_vlm.leaks`."""
+        return leaks(self, batch, _listed(interventions), source=source)
 
     def positions(self, batch: Batch, selector: Any) -> list[Int[Tensor, " found"]]:
         """The positions that a selector names in each example, measured on the clean run where it needs evidence."""

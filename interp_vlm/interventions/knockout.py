@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool
@@ -14,6 +14,10 @@ from interp_vlm.interventions.base import Indices, Intervention, indices
 from interp_vlm.sites import SITES, Site
 from interp_vlm.tokens import select
 from interp_vlm.tokens.select import Selector
+
+if TYPE_CHECKING:
+    from interp_vlm.tokens.batch import Batch
+    from interp_vlm.vlm import VLM
 
 __all__ = ["AttentionKnockout"]
 
@@ -96,3 +100,24 @@ class AttentionKnockout(Intervention):
                 remedy="leave the position itself out of keys, for example keys=... - select.last",
             )
         return blocked
+
+    def closing(self, vlm: VLM, batch: Batch, *, edges: str = "source") -> list[AttentionKnockout]:
+        """This knockout and the smallest others that leave its keys no route to the answer; `vlm.run` takes the list.
+
+        Args:
+            vlm: the model.
+            batch: the examples in which the routes are closed.
+            edges: "source" removes only edges from the blocked keys; "any" the fewest of all; see `Leaks.closing`.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> vlm = iv.load("testbed:llava")
+            >>> scene = iv.data.digit_scenes(n=1)[0]
+            >>> batch = vlm.encode(scene.image, scene.question)
+            >>> for each in AttentionKnockout("last", "image", layers=[2, 3]).closing(vlm, batch):
+            ...     print(each)
+            AttentionKnockout(queries='last', keys='image', layers=[2, 3])
+            AttentionKnockout(queries=text - last, keys='image', layers=range(0, 3))
+            AttentionKnockout(queries='last', keys='image', layers=range(0, 2))
+        """
+        return [self, *vlm.leaks(batch, self).closing(edges)]
