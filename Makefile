@@ -4,12 +4,13 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help study test bench lint types imports unit clean
+.PHONY: help study test bench docs lint types imports unit clean
 
 help:
 	@echo "make study   study the three embedded models; ends with the path of the report"
 	@echo "make test    lint, types, import contract, tests"
 	@echo "make bench   the benchmarks as one table, some minutes; ARGS=--quick for small sizes"
+	@echo "make docs    the documentation as a site; ends with the path of its first page"
 	@echo "make clean   remove .venv and caches"
 
 study: .venv/.ready
@@ -17,6 +18,10 @@ study: .venv/.ready
 
 bench: .venv/.ready
 	$(BIN)/python experiments/benchmarks $(ARGS)
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "$(CURDIR)/site/index.html"
 
 test: lint types imports unit
 
@@ -41,5 +46,9 @@ unit: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+.venv/.docs: .venv/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf site .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
