@@ -1,0 +1,359 @@
+"""The patching effect of "What Do VLMs NOTICE?", for pairs of pictures and for pairs of questions."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from interp_vlm import stats
+from interp_vlm.errors import DataError, InterventionError, SelectionError
+from interp_vlm.interventions.base import Indices, indices
+from interp_vlm.interventions.patch import ActivationPatch
+from interp_vlm.readouts.protocols.pictures import picture_numbers, pixels
+from interp_vlm.readouts.scores import full_precision, log_sums
+from interp_vlm.readouts.spelling import prompt_ends, spellings
+from interp_vlm.sites import site as site_named
+from interp_vlm.tokens import select
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from interp_vlm.tokens.batch import Batch
+    from interp_vlm.vlm import VLM
+
+__all__ = ["PatchingEffect", "notice"]
+
+Answers = str | int | Sequence[str | int]
+"""One answer for every example (a word or a token id), or one for each."""
+
+
+@dataclass(frozen=True, eq=False)
+class PatchingEffect:
+    """What putting back one activation of the clean run does to the corrupt run.
+
+    Values are those of the patched run, with one head in the head axis where the heads were patched together.
+
+    Attributes:
+        corruption: "semantic image pairs" or "symmetric token replacement".
+        site: what was patched.
+        places: names of the positions that were patched, one set at a time.
+        layers: the layers, one at a time.
+        heads: the heads, one at a time, or None.
+        difference: logit of the correct answer minus that of the incorrect one, (place, layer, head, example).
+        probability: of the correct answer, (place, layer, head, example).
+        clean_difference: the difference without corruption, (example,).
+        corrupt_difference: the difference of the corrupt run, (example,).
+        clean_probability: of the correct answer without corruption, (example,).
+        corrupt_probability: of the correct answer in the corrupt run, (example,).
+        pictures: number of each example's clean picture; examples of one picture are resampled together.
+    """
+
+    corruption: str
+    site: str
+    places: tuple[str, ...]
+    layers: tuple[int, ...]
+    heads: tuple[int, ...] | None
+    difference: Float[Tensor, "place layer head example"]
+    probability: Float[Tensor, "place layer head example"]
+    clean_difference: Float[Tensor, " example"]
+    corrupt_difference: Float[Tensor, " example"]
+    clean_probability: Float[Tensor, " example"]
+    corrupt_probability: Float[Tensor, " example"]
+    pictures: tuple[int, ...]
+
+    @property
+    def effect(self) -> Float[Tensor, "place layer head example"]:
+        """The published patching effect: (patched - corrupt) / (clean - corrupt), of the logit differences.
+
+        1 where the patch undoes the corruption, 0 where it does nothing; not finite where clean and corrupt are equal.
+        """
+        return (self.difference - self.corrupt_difference) / (self.clean_difference - self.corrupt_difference)
+
+    @property
+    def probability_change(self) -> Float[Tensor, "place layer head example"]:
+        """Probability of the correct answer, patched minus corrupt."""
+        return self.probability - self.corrupt_probability
+
+    def frame(self) -> pd.DataFrame:
+        """A tidy table: one row per place, layer, head (where heads were patched one at a time) and example."""
+        import pandas as pd
+
+        rows, effect, change = [], self.effect, self.probability_change
+        for cell, where in self._cells():
+            for example, picture in enumerate(self.pictures):
+                at = (*cell, example)
+                rows.append(
+                    {
+                        **where, "example": example, "picture": picture, "difference": float(self.difference[at]),
+                        "clean_difference": float(self.clean_difference[example]),
+                        "corrupt_difference": float(self.corrupt_difference[example]),
+                        "effect": float(effect[at]), "probability": float(self.probability[at]),
+                        "probability_change": float(change[at]),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def summary(self, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
+        """The effect over all examples: one row per place, layer and head.
+
+        Returns:
+            `effect`, the ratio of the means (stable where single pairs hardly differ), with `low`, `high`, `n`,
+            `groups` (pictures, the unit of the bootstrap), `level`, `method`, `seed` and `reason`; `mean_of_effects`,
+            the mean of the published per-example ratios; and `probability_change`, a mean.
+        """
+        import pandas as pd
+
+        whole = (self.clean_difference - self.corrupt_difference).double().cpu().numpy()
+        effect, change, rows = self.effect.double().cpu(), self.probability_change.double().cpu(), []
+        moved = (self.difference - self.corrupt_difference).double().cpu()
+        for cell, where in self._cells():
+            found = stats.ratio_of_means(moved[cell].numpy(), whole, self.pictures, level=level, seed=seed)
+            rows.append(
+                {
+                    **where, "effect": found.value, "low": found.low, "high": found.high,
+                    "mean_of_effects": float(effect[cell].mean()), "probability_change": float(change[cell].mean()),
+                    "n": found.n, "groups": found.groups, "level": found.level, "method": found.method,
+                    "seed": found.seed, "reason": found.reason,
+                }
+            )  # fmt: skip
+        return pd.DataFrame(rows)
+
+    def plot(self, ax: Any = None) -> Figure:
+        """The effect (ratio of means) as a heat map: layer by place, or layer by head where there is one place."""
+        from matplotlib import pyplot
+
+        whole = float((self.clean_difference - self.corrupt_difference).double().mean())
+        means = (self.difference - self.corrupt_difference).double().mean(dim=-1).cpu().numpy() / whole
+        if self.heads is not None and len(self.places) > 1:
+            raise InterventionError(
+                f"effects of {len(self.heads)} heads at {len(self.places)} places",
+                expected="one place to plot heads",
+                remedy="plot .summary() instead",
+            )
+        across, below = self.places, "positions patched"
+        grid = means[:, :, 0].T
+        if self.heads is not None:
+            across, below, grid = tuple(map(str, self.heads)), f"head, at {', '.join(self.places)}", means[0]
+        size = (max(4.8, 1.8 + 0.34 * len(across)), max(2.8, 1.6 + 0.16 * len(self.layers)))
+        figure = pyplot.figure(figsize=size, layout="constrained") if ax is None else ax.figure
+        axes = figure.add_subplot() if ax is None else ax
+        reach = max(1.0, float(np.nanmax(np.abs(grid))))
+        drawn = axes.imshow(grid, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", interpolation="nearest")
+        axes.invert_yaxis()
+        _label(axes, across, self.layers)
+        axes.set_xlabel(below)
+        axes.set_ylabel(f"layer ({self.site})")
+        axes.set_title(f"{self.corruption}, {len(self.pictures)} pairs", fontsize="medium")
+        figure.colorbar(drawn, ax=axes, label="patching effect", pad=0.02)
+        if ax is None:
+            pyplot.close(figure)
+        return figure
+
+    def _cells(self) -> list[tuple[tuple[int, int, int], dict[str, Any]]]:
+        """Every cell that was patched: its index and its name."""
+        numbers: Sequence[int | None] = (None,) if self.heads is None else self.heads
+        return [
+            (
+                (place, layer, head),
+                {"place": self.places[place], "layer": self.layers[layer]}
+                | ({} if number is None else {"head": number}),
+            )
+            for place in range(len(self.places))
+            for layer in range(len(self.layers))
+            for head, number in enumerate(numbers)
+        ]
+
+    def __repr__(self) -> str:
+        heads = "" if self.heads is None else f", heads {len(self.heads)}"
+        shape = f"places {len(self.places)}, layers {len(self.layers)}{heads}"
+        ends = f"{float(self.corrupt_difference.mean()):.3g} corrupt, {float(self.clean_difference.mean()):.3g} clean"
+        pairs = f"{len(self.pictures)} pairs"
+        return f"PatchingEffect({self.corruption}, {pairs}; {self.site!r}: {shape}; logit difference {ends})"
+
+
+def notice(
+    vlm: VLM,
+    clean: Batch,
+    corrupt: Batch,
+    correct: Answers,
+    incorrect: Answers,
+    *,
+    site: str = "attn_out",
+    positions: Mapping[str, Any] | Sequence[Any] | None = None,
+    layers: Indices = "all",
+    heads: Indices | None = None,
+    engine: str = "auto",
+) -> PatchingEffect:
+    """Put activations of the clean run into the corrupt one, a place and layer at a time: what brings the answer back?
+
+    The pairs are either semantic image pairs (the same question about two pictures) or symmetric token replacements
+    (two questions of equally many tokens about the same picture).
+
+    Args:
+        vlm: the model.
+        clean: encoded examples.
+        corrupt: their corruptions, one for each.
+        correct: right answer of the clean examples: words (all their single-token spellings count) or token ids (as
+            published).
+        incorrect: right answer of the corrupt ones.
+        site: "attn_out" and "mlp_out" as published for LLaVA, "z" for heads, or a place in the residual stream.
+        positions: roles or selectors to patch, one set at a time, or a mapping from names to them; by default every
+            token after the last picture by itself, counted from the end.
+        layers: an int, a range, a list or "all"; one at a time.
+        heads: at "z", heads to patch one at a time; by default all together.
+        engine: as in `vlm.run`.
+
+    Returns:
+        A `PatchingEffect` with `.effect` (place, layer, head, example), `.probability_change`, `.frame()`,
+        `.summary()` and `.plot()`.
+
+    Raises:
+        InterventionError: for pairs that are neither, or both; heads at another site than "z"; a site outside the
+            decoder.
+        SelectionError: for an answer that is no single token, or the same on both sides.
+        DataError: for another number of answers than examples.
+
+    Source:
+        Golovanevsky et al. 2024, arXiv 2406.16320 (NAACL 2025), and its code, wrudman/NOTICE at 031b27d
+        (LLAVA/patching_utils.py) and 0a3e172 (BLIP/patching_utils.py); the normalisation is that of Zhang and Nanda
+        2023, arXiv 2309.16042. What is done otherwise here is listed in docs/protocols.md.
+
+    Example:
+        >>> import interp_vlm as iv
+        >>> from interp_vlm.readouts import protocols
+        >>> vlm = iv.load("testbed:llava")
+        >>> pair = iv.data.digit_pairs(n=1)[0]
+        >>> clean = vlm.encode(pair.clean.image, pair.clean.question)
+        >>> corrupt = vlm.encode(pair.corrupt.image, pair.corrupt.question)
+        >>> answers = pair.clean.answer, pair.corrupt.answer
+        >>> found = protocols.notice(vlm, clean, corrupt, *answers, site="resid_post", positions=["image", "last"])
+        >>> found.corruption, found.effect.shape
+        ('semantic image pairs', torch.Size([2, 4, 1, 1]))
+    """
+    corruption = _corruption(clean, corrupt)
+    if site_named(site).part != "decoder" or "k" in site_named(site).axes:
+        raise InterventionError(f"site {site!r}", expected="activations of the decoder, for example 'attn_out'")
+    if heads is not None and site != "z":
+        raise InterventionError(f"heads of {site!r}", expected="site 'z', where heads are apart")
+    named = _places(clean, positions)
+    at_layers = indices(layers, vlm.anatomy.n_layers, "layer")
+    at_heads = None if heads is None else indices(heads, vlm.anatomy.n_heads, "head")
+    cells = list(itertools.product(named.values(), at_layers, [None] if at_heads is None else at_heads))
+    cache = vlm.capture(clean, site, layers=at_layers)
+    patches = [
+        # what the last layer leaves at other positions than the last reaches no answer: a result here, no mistake
+        [ActivationPatch(site, [layer], place, None if head is None else [head], source=cache, allow_empty=True)]
+        for place, layer, head in cells
+    ]
+    read = _Answers(vlm, clean, corrupt, correct, incorrect)
+    column: dict[int, tuple[Tensor, Tensor]] = {}
+    for number, outcome in vlm._engine.runs(corrupt, patches, engine):
+        column[number] = read(outcome.logits, clean=False)
+    shape = (len(named), len(at_layers), -1, len(corrupt))
+    difference, probability = (torch.stack([column[n][side] for n in range(len(cells))]).view(shape) for side in (0, 1))
+    ends = [read(vlm.run(batch, engine=engine).logits, clean=batch is clean) for batch in (clean, corrupt)]
+    return PatchingEffect(
+        corruption=corruption, site=site, places=tuple(named), layers=at_layers, heads=at_heads,
+        difference=difference, probability=probability,
+        clean_difference=ends[0][0], corrupt_difference=ends[1][0],
+        clean_probability=ends[0][1], corrupt_probability=ends[1][1], pictures=picture_numbers([clean]),
+    )  # fmt: skip
+
+
+class _Answers:
+    """Reads the logit difference of the two answers and the probability of the correct one."""
+
+    def __init__(self, vlm: VLM, clean: Batch, corrupt: Batch, correct: Answers, incorrect: Answers) -> None:
+        pairs = list(zip(*(_listed(side, len(clean)) for side in (correct, incorrect)), strict=True))
+        self._ids = {
+            is_clean: [
+                _token_ids(vlm, pair, end) for pair, end in zip(pairs, prompt_ends(batch, vlm.tokenizer), strict=True)
+            ]
+            for is_clean, batch in ((True, clean), (False, corrupt))
+        }
+
+    def __call__(self, logits: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
+        scores = full_precision(logits)
+        right, wrong = log_sums(scores, self._ids[clean]).unbind(dim=-1)
+        return right - wrong, (right - scores.logsumexp(dim=-1)).exp()
+
+
+def _listed(answers: Answers, count: int) -> list[str | int]:
+    if isinstance(answers, str | int):
+        return [answers] * count
+    if len(answers) != count:
+        raise DataError(f"{len(answers)} answers for {count} examples", expected="one for each example")
+    return list(answers)
+
+
+def _token_ids(vlm: VLM, pair: tuple[str | int, ...], end: str) -> list[tuple[int, ...]]:
+    ids = [(answer,) if isinstance(answer, int) else spellings(vlm.tokenizer, end, answer) for answer in pair]
+    if set(ids[0]) & set(ids[1]):
+        raise SelectionError(f"{pair[0]!r} and {pair[1]!r} are the same answer", expected="two different answers")
+    return ids
+
+
+def _corruption(clean: Batch, corrupt: Batch) -> str:
+    """Which of the two published corruptions the pairs are."""
+    if len(clean) != len(corrupt):
+        raise InterventionError(f"{len(clean)} clean and {len(corrupt)} corrupt examples", expected="pairs")
+    found = set()
+    for number in range(len(clean)):
+        other_picture = pixels(clean.images[number]) != pixels(corrupt.images[number])
+        other_text = clean.prompts[number] != corrupt.prompts[number]
+        if other_picture == other_text:
+            same = "differ in picture and question" if other_text else "are the same"
+            raise InterventionError(
+                f"the two examples of pair {number} {same}",
+                expected="two pictures and one question, or one picture and two questions",
+            )
+        lengths = clean.tokens[number].length, corrupt.tokens[number].length
+        if other_text and lengths[0] != lengths[1]:
+            raise InterventionError(
+                f"the questions of pair {number} have {lengths[0]} and {lengths[1]} tokens",
+                expected="equally many, so that positions correspond",
+                remedy="replace a word by one of as many tokens",
+            )
+        found.add("symmetric token replacement" if other_text else "semantic image pairs")
+    if len(found) != 1:
+        raise InterventionError(f"pairs of {' and '.join(sorted(found))}", expected="one kind of corruption")
+    return found.pop()
+
+
+def _places(clean: Batch, positions: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
+    """The positions to patch, by name."""
+    if positions is not None:
+        if isinstance(positions, str):
+            return {positions: positions}
+        if isinstance(positions, Mapping):
+            return dict(positions)
+        return {str(place): place for place in positions}
+    after = min(_text_after_picture(tokens) for tokens in clean.tokens)
+    found = {}
+    for back in range(-after, 0):
+        pieces = {tokens.pieces[int(tokens.all[back])] for tokens in clean.tokens}
+        found[f"{back}{' ' + repr(pieces.pop().strip()) if len(pieces) == 1 else ''}"] = select.positions(back)
+    return found
+
+
+def _text_after_picture(tokens: Any) -> int:
+    pictured = tokens.image
+    return int((tokens.all > (pictured.max() if len(pictured) else -1)).sum())
+
+
+def _label(axes: Any, across: Sequence[str], layers: Sequence[int]) -> None:
+    """Name the columns and as many layers as there is room for."""
+    # "$" would begin a formula
+    axes.set_xticks(range(len(across)), [name.replace("$", r"\$") for name in across])
+    if max(map(len, across)) > 3:
+        axes.tick_params(axis="x", labelrotation=90, labelsize=8)
+    step = max(1, len(layers) // 12)
+    axes.set_yticks(range(0, len(layers), step), list(map(str, layers[::step])))
