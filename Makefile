@@ -4,13 +4,14 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help study test bench docs lint types imports unit clean
+.PHONY: help study test bench docs peers lint types imports unit clean
 
 help:
 	@echo "make study   study the three embedded models; ends with the path of the report"
 	@echo "make test    lint, types, import contract, tests"
 	@echo "make bench   the benchmarks as one table, some minutes; ARGS=--quick for small sizes"
 	@echo "make docs    the documentation as a site; ends with the path of its first page"
+	@echo "make peers   the same numbers from pyvene, PyTorch hooks and TransformerLens, in an environment of their own"
 	@echo "make clean   remove .venv and caches"
 
 study: .venv/.ready
@@ -22,6 +23,9 @@ bench: .venv/.ready
 docs: .venv/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "$(CURDIR)/site/index.html"
+
+peers: .venv-peers/.ready
+	.venv-peers/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 test: lint types imports unit
 
@@ -50,5 +54,11 @@ unit: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
+.venv-peers/.ready: pyproject.toml constraints.txt tests/peers/requirements.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -r tests/peers/requirements.txt -e .
+	touch $@
+
 clean:
-	rm -rf site .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf site .venv .venv-peers .pytest_cache .ruff_cache .hypothesis build *.egg-info
