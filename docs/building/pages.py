@@ -32,7 +32,7 @@ CELLS = """{% extends 'markdown/index.md.j2' %}
 ```
 {% endblock data_text %}
 {% block data_html scoped %}
-<div class="nb-output nb-html">
+<div class="nb-output nb-html" data-search-exclude>
 {{ output.data['text/html'] | trim }}
 </div>
 {% endblock data_html %}
