@@ -113,47 +113,46 @@ def _attention(attn: Any, number: int, layout: Layout, turn: Tensor, null: bool,
     # All groups carry the same slots: under grouped-query attention true heads, decoys and random heads share them.
     keys = 2 * _busy(n_groups * _HEAD, generator).view(n_groups, _HEAD, WIDTH)
     keys[:, [_SINK, _COLOURED, _RELAY]] = torch.stack([_read("sink"), _read("coloured"), _read("relay")])
-    keys[:, [slot + _HEAD // 2 for slot in (_SINK, _COLOURED, _RELAY)]] = 0
     values = _busy(n_groups * _HEAD, generator).view(n_groups, _HEAD, WIDTH)
     values[:, :4] = torch.stack([_read(axis) for axis in ("hue", "coloured", "relayed", "relay_seen")])
     queries = 2 * _busy(n_heads * _HEAD, generator).view(n_heads, _HEAD, WIDTH)
-    queries[:, [slot + half for slot in (_SINK, _COLOURED, _RELAY) for half in (0, _HEAD // 2)]] = 0
     outputs = torch.zeros(WIDTH, n_heads, _HEAD)
     outputs[BUSY, :, 4:] = 0.015 * torch.randn(BUSY.stop - BUSY.start, n_heads, _HEAD - 4, generator=generator)
     for head in range(n_heads):
-        planted = _planted(number, head, layout, attn.scaling, null)
-        if planted is not None:
-            queries[head], outputs[: BUSY.start, head] = planted
+        _plant(queries[head], outputs[:, head], number, head, layout, attn.scaling, null)
     attn.q_proj.weight.copy_(queries.reshape(-1, WIDTH) @ turn.T)
     attn.k_proj.weight.copy_(keys.reshape(-1, WIDTH) @ turn.T)
     attn.v_proj.weight.copy_(values.reshape(-1, WIDTH) @ turn.T)
     attn.o_proj.weight.copy_(turn @ outputs.reshape(WIDTH, -1))
 
 
-def _planted(number: int, head: int, layout: Layout, scaling: float, null: bool) -> tuple[Tensor, Tensor] | None:
-    """Query rows and written axes of a head of the route, of its backup or of a decoy; None for any other head."""
-    query, written = torch.zeros(_HEAD, WIDTH), torch.zeros(BUSY.start, _HEAD)
-    query[_SINK] = _read("constant", _REST / scaling)
-    ask = _read("asks", _LOOK / scaling)
+def _plant(query: Tensor, written: Tensor, number: int, head: int, layout: Layout, scaling: float, null: bool) -> None:
+    """Give a head of the route, of its backup or a decoy what it looks for and what it hands on.
+
+    Args:
+        query: (slot, d) its query rows.
+        written: (d, slot) its output columns.
+    """
+    look = {axis: _read(axis, _LOOK / scaling) for axis in ("asks", "relay", "seen")}
     if (number, head) in layout.decoys:
-        query[_COLOURED] = ask
+        query[_COLOURED] = look["asks"]
         if layout.decoys.index((number, head)) % 2:
             written[AXES["idle"], _HUE] = 1.0
-        return query, written
-    for k, (layer, heads) in enumerate(layout.hops):
-        if layer == number and head in heads:
-            first, final = k == 0, k == len(layout.hops) - 1
-            query[_COLOURED if first else _RELAY] = ask if final else _read("relay", _LOOK / scaling)
-            if not null:
-                _hand_on(written, _FROM_PATCH if first else _FROM_RELAY, final, 1 / len(heads), layout)
-            return query, written
-    if layout.backup is not None and number == layout.backup[0] and head in layout.backup[1]:
+    elif (number, head) in layout.backup_heads:
         # silent while the last token has been served, as the backup heads of Wang et al. (2022) are
-        query[_COLOURED] = ask - _read("seen", _LOOK / scaling)
+        query[_COLOURED] = look["asks"] - look["seen"]
         if not null:
-            _hand_on(written, _FROM_PATCH, True, 1 / len(layout.backup[1]), layout)
-        return query, written
-    return None
+            _hand_on(written, _FROM_PATCH, True, 1 / len(layout.backup_heads), layout)
+    else:
+        hop = next((k for k, (layer, heads) in enumerate(layout.hops) if layer == number and head in heads), None)
+        if hop is None:
+            return
+        first, final = hop == 0, hop == len(layout.hops) - 1
+        query[_COLOURED if first else _RELAY] = look["asks" if final else "relay"]
+        if not null:
+            share = 1 / len(layout.hops[hop][1])
+            _hand_on(written, _FROM_PATCH if first else _FROM_RELAY, final, share, layout)
+    query[_SINK] = _read("constant", _REST / scaling)
 
 
 def _hand_on(written: Tensor, source: tuple[int, int], final: bool, share: float, layout: Layout) -> None:

@@ -113,17 +113,22 @@ class Layout:
     neurons: tuple[tuple[int, int], ...]
     bystanders: tuple[tuple[int, int], ...]
 
+    @property
+    def backup_heads(self) -> tuple[tuple[int, int], ...]:
+        """(layer, head) of the backup's heads."""
+        return () if self.backup is None else tuple((self.backup[0], head) for head in self.backup[1])
+
 
 def lay_out(
     family: str,
     seed: int,
     *,
-    detour: str | None,
-    backup: bool,
-    decoys: int,
-    neurons: bool,
-    null: bool,
     words: int,
+    detour: str | None = None,
+    backup: bool = False,
+    decoys: int = 2,
+    neurons: bool = True,
+    null: bool = False,
 ) -> Layout:
     """Draw the route of a seed.
 
