@@ -340,7 +340,7 @@ def _places(clean: Batch, positions: Mapping[str, Any] | Sequence[Any] | None) -
     found = {}
     for back in range(-after, 0):
         pieces = {tokens.pieces[int(tokens.all[back])] for tokens in clean.tokens}
-        found[f"{back}{' ' + repr(pieces.pop().strip()) if len(pieces) == 1 else ''}"] = select.positions(back)
+        found[f"{back}{' ' + repr(pieces.pop().strip(' ')) if len(pieces) == 1 else ''}"] = select.positions(back)
     return found
 
 
