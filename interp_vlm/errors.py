@@ -1,7 +1,9 @@
 """The typed errors of the library: one base class and a handful of kinds.
 
-Every message names the input, what was found, what was expected, and the remedy.
+Every message names the input, what was found, what was expected, and the remedy, in one line of readable length.
 """
+
+import re
 
 __all__ = [
     "DataError",
@@ -13,8 +15,14 @@ __all__ = [
 ]
 
 
+LONGEST = 1500  # characters of one part: names in bad input may be megabytes long
+
+
 class InterpVLMError(Exception):
     """Base of every error raised on purpose by this library.
+
+    Line breaks and control characters, which names and messages of other libraries may hold, are taken out or escaped,
+    and the middle of a very long part is left out.
 
     Args:
         problem: what was found, naming the input.
@@ -27,9 +35,19 @@ class InterpVLMError(Exception):
     """
 
     def __init__(self, problem: str, *, expected: str = "", remedy: str = "") -> None:
-        self.problem, self.expected, self.remedy = problem, expected, remedy
-        parts = [problem, f"expected {expected}" if expected else "", remedy]
+        self.problem, self.expected, self.remedy = _line(problem), _line(expected), _line(remedy)
+        parts = [self.problem, f"expected {self.expected}" if expected else "", self.remedy]
         super().__init__("; ".join(part for part in parts if part))
+
+
+def _line(text: str) -> str:
+    """Text that can be printed in one line anywhere."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]} ... {text[-LONGEST // 3 :]}"
+    if text.isprintable():
+        return text
+    text = re.sub(r"\s*[\n\r\v\f\x85\u2028\u2029]\s*|\t", " ", text).strip()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class ModelError(InterpVLMError):

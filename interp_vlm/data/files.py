@@ -9,7 +9,7 @@ from typing import Any
 
 from interp_vlm.data.example import Example, Examples
 from interp_vlm.data.images import Candidate, gather, open_image
-from interp_vlm.data.records import FORMATS, Row, check_columns, check_unique, read_rows, table_format
+from interp_vlm.data.records import FORMATS, Row, check_columns, check_unique, local_path, read_rows, table_format
 from interp_vlm.errors import DataError
 
 __all__ = ["files"]
@@ -27,9 +27,9 @@ def files(
 ) -> Examples:
     """Examples from a table (JSON Lines, JSON, CSV, TSV, Parquet; text formats also gzipped).
 
-    Columns: `image` (a file name), `question`, `answer`, and where wanted `id`, `kind`, `group` (default: the image's
-    name) and `answers` (a list; VQA's ten). Further columns go to `meta`. Every picture is checked before anything is
-    returned, and decoded again at each reading of `example.image`.
+    Columns: `image` (a file name; absolute paths and `..` are followed as written), `question`, `answer`, and where
+    wanted `id`, `kind`, `group` (default: the image's name) and `answers` (a list; VQA's ten). Further columns go to
+    `meta`. Every picture is checked before anything is returned, and decoded again at each reading of `example.image`.
 
     Args:
         path: the table, or a folder that holds one; among several, the one called metadata.
@@ -40,7 +40,7 @@ def files(
     Raises:
         DataError: a malformed table (always), or broken pictures (with "raise").
     """
-    table = find_table(Path(path).expanduser())
+    table = find_table(local_path(path))
     rows = read_rows(table)
     check_columns(rows, REQUIRED, OPTIONAL)
     ids = [row.text("id") if "id" in row.fields else str(i) for i, row in enumerate(rows, start=1)]
@@ -69,7 +69,7 @@ def find_table(path: Path) -> Path:
 
 def picture_folder(images: str | Path | None, default: Path) -> Path:
     """The folder asked for, which must exist, or the default."""
-    folder = default if images is None else Path(images).expanduser()
+    folder = default if images is None else local_path(images)
     if not folder.is_dir():
         raise DataError(
             f"image folder {folder} {'is a file' if folder.exists() else 'does not exist'}",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from interp_vlm.data.example import Example, Examples
 from interp_vlm.data.images import Candidate, check_options, digest, gather, open_image
 from interp_vlm.data.pope import POPE_CATEGORIES
-from interp_vlm.data.records import Row, check_columns, check_unique, table_format
+from interp_vlm.data.records import Row, check_columns, check_unique, local_path, table_format
 from interp_vlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _load(source: str, split: str | None, name: str | None, revision: str | None
     """The split asked for, from whichever form the source has."""
     import datasets
 
-    path = Path(source).expanduser()
+    path = local_path(source)
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise DataError(f"{source} does not exist", expected="a file, a folder, or an id on the hub")
     try:

@@ -130,6 +130,8 @@ def _opened(source: Path | bytes):
     """Open a picture; a possible decompression bomb is an error, odd metadata beside good pixels is passed over."""
     if isinstance(source, bytes) and not source:
         raise OSError("no bytes")
+    if isinstance(source, Path) and source.exists() and not source.is_file() and not source.is_dir():
+        raise OSError("not a regular file")  # opening a pipe would wait for its writer for ever
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -139,12 +141,15 @@ def _opened(source: Path | bytes):
 
 def _reason(source: Path | bytes, error: Exception) -> str:
     if isinstance(source, Path):
-        if not source.exists():
-            return "missing"
-        if source.is_dir():
-            return "a folder"
-        if source.stat().st_size == 0:
-            return "empty file"
+        try:
+            if not source.exists():
+                return "missing"
+            if source.is_dir():
+                return "a folder"
+            if source.is_file() and source.stat().st_size == 0:
+                return "empty file"
+        except OSError as refused:
+            return refused.strerror or type(refused).__name__
     if isinstance(error, UnidentifiedImageError):
         return "not a picture"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -7,7 +7,7 @@ from pathlib import Path
 from interp_vlm.data.example import Examples
 from interp_vlm.data.files import file_candidate, picture_folder
 from interp_vlm.data.images import Candidate, gather
-from interp_vlm.data.records import Row, check_columns, check_unique, read_rows
+from interp_vlm.data.records import Row, check_columns, check_unique, local_path, read_rows
 from interp_vlm.errors import DataError
 
 __all__ = ["POPE_CATEGORIES", "pope"]
@@ -37,7 +37,7 @@ def pope(
     Raises:
         DataError: a malformed file (always), or broken pictures (with "raise").
     """
-    file = Path(path).expanduser()
+    file = local_path(path)
     rows = read_rows(file)
     check_columns(rows, COLUMNS)
     ids = [row.text("question_id") for row in rows]

@@ -15,9 +15,13 @@ from typing import Any
 
 from interp_vlm.errors import DataError
 
-__all__ = ["FORMATS", "Row", "check_columns", "check_unique", "read_rows", "table_format"]
+__all__ = ["FORMATS", "Row", "check_columns", "check_unique", "local_path", "read_rows", "table_format"]
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+LONGEST = 100_000
+"""Characters of one cell: a longer one is a broken table, and would keep a tokenizer busy for hours."""
+UNPACKED, RATIO = 1 << 26, 100
+"""A gzip file may always unpack to so many bytes, and beyond them to so many times its size: text stays below that."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Row:
                 f"{self.place}: {column} is {_brief(value)}, a {type(value).__name__}",
                 expected="text or a whole number",
             )
-        return str(value).strip()
+        return _sound(str(value).strip(), f"{self.place}: {column}")
 
     def answers(self) -> tuple[str, ...]:
         """The accepted answers: a list of texts, or of objects with an `answer` as in VQA annotations; () when absent.
@@ -59,7 +63,7 @@ class Row:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 value = None
         listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
         texts = [item.get("answer") if isinstance(item, Mapping) else item for item in listed]
@@ -69,7 +73,7 @@ class Row:
                 f"{self.place}: answers is {_brief(self.fields['answers'])}",
                 expected='a list of texts, such as ["cat", "a cat"]',
             )
-        return tuple(texts)
+        return tuple(_sound(text, f"{self.place}: an answer") for text in texts)
 
 
 def is_missing(value: Any) -> bool:
@@ -77,6 +81,34 @@ def is_missing(value: Any) -> bool:
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and value.strip().lower() in ("", "nan"))
+
+
+def _sound(text: str, place: str) -> str:
+    """The text itself, where a tokenizer can take it.
+
+    Raises:
+        DataError: very long, or with half of a surrogate pair, which no encoding has.
+    """
+    if len(text) > LONGEST:
+        raise DataError(f"{place} has {len(text)} characters", expected=f"{LONGEST} at most", remedy="mend the table")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{place} is {_brief(text)}, no Unicode text", expected="whole characters")
+    return text
+
+
+def local_path(path: str | Path) -> Path:
+    """A path as the caller wrote it, with `~` as the home directory.
+
+    Raises:
+        DataError: a home directory that nobody has, or a name that no file system takes.
+    """
+    try:
+        found = Path(path).expanduser()
+        found.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"{path} is no path ({why})", expected="a file or folder", remedy="check the path") from error
+    return found
 
 
 def table_format(path: Path) -> str:
@@ -165,12 +197,26 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror})", expected="a readable file") from error
     try:
         if path.suffix.lower() == ".gz":
-            data = gzip.decompress(data)
+            data = _unpacked(data, path)
         return data.decode("utf-8-sig")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file ({error})", remedy="fetch or compress it again") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start})", expected="UTF-8") from error
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """What a gzip file holds; one that unpacks to far more than any text is refused before it fills the memory."""
+    most = max(UNPACKED, RATIO * len(data))
+    with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+        unpacked = file.read(most + 1)
+    if len(unpacked) > most:
+        raise DataError(
+            f"{path} unpacks to more than {RATIO} times its {len(data)} bytes, a possible decompression bomb",
+            expected="a table",
+            remedy="unpack it yourself if you trust it",
+        )
+    return unpacked
 
 
 def _json(path: Path) -> list[Row]:
@@ -189,12 +235,22 @@ def _json(path: Path) -> list[Row]:
 
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else f"{error}"
         raise DataError(
-            f"{place} is not JSON ({error.msg} at column {error.colno}): {_brief(text.strip())}",
-            expected="one JSON object on each line",
+            f"{place} is not JSON ({why}): {_brief(text[:200].strip())}", expected="one JSON object on each line"
         ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, each of whose names stands there once: of two answers Python would drop one without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise ValueError(f"an object names {_brief(twice)} twice")
+    return found
 
 
 def _separated(path: Path, separator: str) -> list[Row]:
@@ -227,10 +283,19 @@ def _parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})", expected="Parquet") from error
-    return [Row(f"{path}, row {i}", fields) for i, fields in enumerate(table.to_pylist(), start=1)]
+        # the file's own folders say nothing about its rows
+        table = pyarrow.parquet.read_table(path, partitioning=None)
+        names = table.column_names
+        if len(set(names)) < len(names):
+            raise DataError(f"{path} names a column twice ({', '.join(names)})", expected="distinct columns")
+        rows = table.to_pylist()
+    except DataError:
+        raise
+    except Exception as error:  # Arrow's own errors, and Python's for values that it has no type for
+        raise DataError(
+            f"{path} is not a Parquet file ({str(error) or type(error).__name__})", expected="Parquet"
+        ) from error
+    return [Row(f"{path}, row {i}", fields) for i, fields in enumerate(rows, start=1)]
 
 
 def _brief(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL.Image import Image
 from interp_vlm.errors import DataError, ModelError
 from interp_vlm.models.anatomy import Family
 from interp_vlm.models.pictures import Picture, read_picture
+from interp_vlm.models.processors import check_processor
 from interp_vlm.tokens.batch import Batch
 from interp_vlm.tokens.grid import ImageGrid
 from interp_vlm.tokens.token_map import build_maps
@@ -33,7 +34,14 @@ def render(family: Family, processor: Any, question: str, n_images: int = 1) -> 
     if not getattr(processor, "chat_template", None):
         return family.prompt(processor, question, n_images)
     content = [{"type": "image"}] * n_images + [{"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    try:
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    except Exception as error:  # a template is a program of its own
+        raise ModelError(
+            f"the chat template of the {type(processor).__name__} fails ({type(error).__name__}: {error})",
+            expected="a template that takes one user turn with pictures and a text",
+            remedy="mend chat_template.jinja, or give the prompts yourself",
+        ) from error
 
 
 def encode(
@@ -57,8 +65,9 @@ def encode(
 
     Raises:
         DataError: if the counts do not match, a picture cannot be read, or the processor refuses an example.
-        ModelError: if the model's image tokens do not fit the family's grid rule.
+        ModelError: if the processor is another model's, or the image tokens do not fit the family's grid rule.
     """
+    check_processor(model_config, processor)
     if padding not in ("left", "right"):
         raise DataError(f"padding {padding!r}", expected="'left' or 'right'")
     pictures, asked = _examples(images, questions)
@@ -89,7 +98,10 @@ def encode(
 
 def _examples(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Image]], list[str]]:
     """One list of pictures and one question per example."""
-    asked = [questions] if isinstance(questions, str) else list(questions)
+    asked = [questions] if isinstance(questions, str) else list(questions) if isinstance(questions, Iterable) else None
+    if asked is None or not all(isinstance(question, str) for question in asked):
+        wrong = questions if asked is None else next(one for one in asked if not isinstance(one, str))
+        raise DataError(f"a {type(wrong).__name__} is not a question", expected="text, or a list of texts")
     several = isinstance(images, (list, tuple))
     nested = several and any(isinstance(own, (list, tuple)) for own in images)
     if several and not nested:
@@ -118,11 +130,11 @@ def _examples(images: Any, questions: str | Sequence[str]) -> tuple[list[list[Im
 def _processed(processor: Any, pictures: list[list[Image]], texts: list[str], padding: str) -> dict[str, torch.Tensor]:
     try:
         return _call(processor, pictures, texts, padding)
-    except (ValueError, TypeError, IndexError) as error:
+    except Exception as error:  # processors refuse in many ways
         for k, (own, text) in enumerate(zip(pictures, texts, strict=True)):
             try:
                 _call(processor, [own], [text], padding)
-            except (ValueError, TypeError, IndexError) as alone:
+            except Exception as alone:
                 sizes = ", ".join(f"{p.width}x{p.height}" for p in own) or "none"
                 raise DataError(
                     f"{type(processor).__name__} refuses example {k} (pictures: {sizes}): {alone}",

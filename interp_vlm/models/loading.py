@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_vlm.errors import ModelError
-from interp_vlm.models.processors import load_processor
+from interp_vlm.models.processors import check_processor, load_processor
 from interp_vlm.models.registry import family_for
 
 if TYPE_CHECKING:
@@ -20,10 +21,10 @@ __all__ = ["SCHEMES", "load", "resolve"]
 
 SCHEMES = {"testbed": "interp_vlm.testbed"}
 """Modules with a function `path(name)`, by the prefix that calls for them; imported when asked for."""
-
-
 SMALL = 100_000_000
 """Bytes of weights up to which loading shows no progress bar."""
+FEWEST = 0.2
+"""Bytes that a weight takes in a file at least, however it was quantised."""
 
 
 def load(
@@ -55,7 +56,6 @@ def load(
         >>> type(model).__name__
         'LlavaForConditionalGeneration'
     """
-    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = resolve(name_or_path)
@@ -64,10 +64,12 @@ def load(
         where["revision"] = revision
     try:
         config = AutoConfig.from_pretrained(path, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what spoilt files make of the loaders has no common base
         raise _unreachable(path, error) from error
     family_for(config)
+    _check_size(config, path, trust_remote_code)
     processor = load_processor(path, **where)
+    check_processor(config, processor)
     try:
         # the stubs know one of its two return types
         with _bar_for_large(path):
@@ -79,16 +81,70 @@ def load(
                 attn_implementation=_attention(config, attn_implementation),
                 **where,
             )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise _unreachable(path, error) from error
     model, report = found
+    _check_weights(model, report, path)
+    return model.eval().requires_grad_(False), processor
+
+
+def _check_size(config: Any, path: str, trust_remote_code: bool) -> None:
+    """Refuse a configuration of far more weights than the folder's files can hold, before memory is filled with them.
+
+    A spoilt text_config, for one, turns silently into that of a model of seven thousand million weights.
+    """
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    files = [file for ending in ("*.safetensors", "*.bin") for file in Path(path).glob(ending)]
+    if not files:
+        return
+    try:
+        with torch.device("meta"):
+            empty = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception:
+        return  # the loader proper says what is wrong
+    wanted = sum(weight.numel() for weight in empty.parameters())
+    held = sum(file.stat().st_size for file in files)
+    if wanted > held / FEWEST:
+        raise ModelError(
+            f"the model in folder {path} cannot be loaded: {held} bytes of weights, and {wanted} weights in config.json",
+            expected=f"at least {FEWEST} bytes a weight",
+            remedy="check config.json, or download the model again",
+        )
+
+
+def _check_weights(model: Any, report: Mapping[str, Any], path: str) -> None:
+    """Refuse weights that are missing, left over, not numbers, or nowhere."""
+    again = "download or save the model again"
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"the checkpoint of {path} lacks {len(missing)} of the model's weights ({missing[0]}, ...)",
             expected="all of them: transformers fills the rest with random numbers",
-            remedy="download or save the model again",
+            remedy=again,
         )
-    return model.eval().requires_grad_(False), processor
+    count = model.config.get_text_config().num_hidden_layers
+    for name in sorted(report["unexpected_keys"]):
+        found = None if "vision" in name or "visual" in name else re.search(r"\.layers\.(\d+)\.", name)
+        if found and int(found[1]) >= count:
+            raise ModelError(
+                f"the checkpoint of {path} holds weights of a decoder layer {found[1]} ({name})",
+                expected=f"{count} layers, as config.json says",
+                remedy="check num_hidden_layers in config.json",
+            )
+    for name, weight in model.named_parameters():
+        if weight.is_meta:  # under a device map, weights that wait on the disk or in memory look like this
+            if not hasattr(model, "hf_device_map") or set(model.hf_device_map.values()) == {"meta"}:
+                raise ModelError(f"weight {name} of {path} is on the meta device", expected="numbers", remedy=again)
+        elif _odd(weight):
+            raise ModelError(f"weight {name} of {path} holds NaN or infinity", expected="numbers", remedy=again)
+
+
+def _odd(weight: torch.Tensor) -> bool:
+    """Whether a weight holds NaN or infinity: their sum does, too, but a sum may also overflow."""
+    if not weight.is_floating_point() or bool(weight.float().sum().isfinite()):
+        return False
+    return not bool(weight.isfinite().all())
 
 
 @contextmanager
@@ -116,15 +172,20 @@ def resolve(name_or_path: str | os.PathLike[str]) -> str:
         'llava-hf/llava-1.5-7b-hf'
     """
     name = os.fspath(name_or_path)
+    try:
+        folder = Path(name).expanduser()
+        folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home, a NUL
+        why = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ModelError(f"{name!r} is no path ({why})", expected="a model folder or a hub id") from error
     scheme, colon, rest = name.partition(":")
-    if colon and not Path(name).exists():
+    if colon and not folder.exists():
         if scheme not in SCHEMES:
             raise ModelError(
                 f"{name!r} has the unknown scheme {scheme!r}",
                 expected=", ".join(f"{known}:NAME" for known in SCHEMES) + ", a folder or a hub id",
             )
         return os.fspath(importlib.import_module(SCHEMES[scheme]).path(rest))
-    folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from interp_vlm.errors import DataError
 
@@ -16,6 +17,8 @@ __all__ = ["Picture", "read_picture"]
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image"
 """A picture as callers give it: a path or a PIL image of any mode."""
 
+_FAULTS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""What Pillow raises for broken files: SyntaxError for bad PNG chunks, ValueError for impossible sizes."""
 _SIXTEEN_BITS = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -43,17 +46,28 @@ def read_picture(picture: Picture) -> Image.Image:
         )  # fmt: skip
     try:
         if image is None:
-            with Image.open(Path(name)) as opened:
-                opened.load()
-                image = opened
+            image = _read(Path(name))
         upright = _to_rgb(ImageOps.exif_transpose(image)) if min(image.size) else image
     except FileNotFoundError:
-        raise DataError(f"picture {name} does not exist", expected="a readable image file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError) as error:
+        remedy = "download it first" if "://" in name else "check the path"
+        raise DataError(f"picture {name} does not exist", expected="a readable image file", remedy=remedy) from None
+    except _FAULTS as error:
         raise DataError(f"picture {name} cannot be read ({error})", expected="a readable image file") from error
     if not min(upright.size):
         raise DataError(f"picture {name} is empty", expected="at least 1x1 pixels")
     return upright
+
+
+def _read(path: Path) -> Image.Image:
+    """The decoded picture: none larger than Pillow's limit; odd metadata beside good pixels is passed over."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("not a regular file")  # opening a pipe would wait for its writer for ever
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path) as opened:
+            opened.load()
+            return opened
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -12,8 +12,10 @@ from typing import Any
 
 from interp_vlm.errors import ModelError
 
-__all__ = ["load_processor", "still"]
+__all__ = ["check_processor", "load_processor", "still"]
 
+_ALIKE = ({"Qwen2VLProcessor", "Qwen2_5_VLProcessor"},)
+"""Processors that do the same to pictures and text."""
 _NAMING_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
 
 
@@ -41,7 +43,7 @@ def load_processor(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     try:
         loader = still(found) if takes_video else transformers.AutoProcessor
         processor = loader.from_pretrained(path, **kwargs, **backend)
-    except (OSError, ValueError, TypeError, ImportError, KeyError) as error:
+    except Exception as error:  # what spoilt files make of the loaders has no common base
         raise ModelError(
             f"no processor can be loaded from {os.fspath(path)} ({_first_line(error)})",
             expected="the files that processor.save_pretrained writes, beside config.json",
@@ -54,6 +56,37 @@ def load_processor(path: str | os.PathLike[str], **kwargs: Any) -> Any:
             remedy="save the model's processor into the folder",
         )
     return processor
+
+
+def check_processor(config: Any, processor: Any) -> None:
+    """Refuse a processor that was made for another model: the pictures that it prepares would mean nothing to this one.
+
+    Args:
+        config: of the model.
+        processor: about to be used with it.
+
+    Raises:
+        ModelError: another class of processor than Hugging Face pairs with the model.
+
+    Example:
+        >>> from tests.tiny import build
+        >>> check_processor(build("llava")[0].config, build("qwen2_vl")[1])
+        Traceback (most recent call last):
+        ...
+        interp_vlm.errors.ModelError: the processor is a Qwen2VLProcessor; expected the LlavaProcessor of a llava...
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    paired: Any = PROCESSOR_MAPPING.get(type(config), None)
+    if paired is not None:
+        names = {each.__name__ for each in type(processor).__mro__}
+        alike = next((group for group in _ALIKE if paired.__name__ in group), {paired.__name__})
+        if not names & alike:
+            raise ModelError(
+                f"the processor is a {type(processor).__name__}",
+                expected=f"the {paired.__name__} of a {config.model_type} model",
+                remedy="load the processor from the model's own folder",
+            )
 
 
 @functools.cache
@@ -115,8 +148,9 @@ def _class_name(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str | N
     for file in _NAMING_FILES:
         try:
             found = cached_file(path, file, **where, _raise_exceptions_for_missing_entries=False)
-            named = json.loads(Path(found).read_text(encoding="utf-8")).get("processor_class") if found else None
-        except (OSError, ValueError):
+            content = json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+            named = content.get("processor_class") if isinstance(content, dict) else None
+        except (OSError, ValueError, RecursionError):
             continue  # the loader proper says what is wrong
         if named:
             return named

@@ -226,7 +226,9 @@ def _image_index(
     wanted = [grid.n for grid in grids]
     if sum(wanted) != len(places):
         raise DataError(
-            f"example {row} has {len(places)} image tokens", expected=f"{sum(wanted)} from its pictures' grids {wanted}"
+            f"example {row} has {len(places)} image tokens",
+            expected=f"{sum(wanted)} from its pictures' grids {wanted}",
+            remedy="use the processor from the model's own folder, and no image token in the question",
         )
     index = torch.full_like(ids, -1)
     index[places] = torch.repeat_interleave(torch.arange(len(wanted)), torch.tensor(wanted, dtype=torch.long))
