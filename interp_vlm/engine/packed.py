@@ -31,8 +31,8 @@ _WIDE = 256
 class Packed:
     """The same rows of each example as often as there are interventions, all over the trunk's keys.
 
-    A block of rows joins at its intervention's first layer. Every row attends the trunk as in the clean run, but not the
-    positions that are computed: instead of these it attends the keys of its own block, which lie behind the trunk's.
+    A block of rows joins at its intervention's first layer. Rows attend the trunk as in the clean run, but not the
+    positions that are computed: instead of these they attend the keys of their own block, which lie behind the trunk's.
 
     Attributes:
         trunk: the clean run.
