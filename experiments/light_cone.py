@@ -28,7 +28,7 @@ PANELS: tuple[tuple[str, Any], ...] = (
 def cells(vlm: iv.VLM, batch: Any, intervention: Any) -> tuple[np.ndarray, Any]:
     """What the plan does with each cell, (layer, position), and the plan."""
     plan = vlm.plan(batch, intervention)
-    trunk: Any = vlm._engine.clean(batch).trunk
+    trunk: Any = vlm._engine.clean.of(batch).trunk
     found = np.full((vlm.anatomy.n_layers, trunk.length), NOTHING)
     rows = range(plan.start, plan.start + plan.rows)
     for layer in range(plan.layer, plan.layer + plan.layers):

@@ -205,7 +205,7 @@ class VLM:
                 column[number] = metric(outcome.logits, context)
                 if progress is not None:
                     progress(len(batch))
-            clean = self._engine.clean(batch).logits
+            clean = self._engine.clean.of(batch).logits
             baselines.append(metric(clean, MetricContext(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)))
             rows = [column[number] for number in range(len(groups))]
             values.append(torch.stack(rows) if rows else clean.new_empty(0, len(batch)))
@@ -225,7 +225,7 @@ class VLM:
     def positions(self, batch: Batch, selector: Any) -> list[Int[Tensor, " found"]]:
         """The positions that a selector names in each example, measured on the clean run where it needs evidence."""
         wanted = select.of(selector)
-        evidence = self._engine.clean(batch, wanted.needs).evidence if wanted.needs else {}
+        evidence = self._engine.clean.of(batch, wanted.needs).evidence if wanted.needs else {}
         return [row.nonzero().flatten() for row in selected(batch, wanted, evidence)]
 
     def trace(self, batch: Batch, **options: Any) -> InterleavingTracer:
@@ -281,7 +281,7 @@ class VLM:
             )
         batch = self._traced[-1]
         needs = {name for selector in intervention.selectors for name in selector.needs}
-        known = self._engine.known(batch)
+        known = self._engine.clean.known(batch)
         evidence = known.evidence if known else {}
         missing = sorted(needs - set(evidence))
         if missing:

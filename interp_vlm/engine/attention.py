@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping, Sequence
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from interp_vlm.engine.access import AttentionInputs
+from interp_vlm.engine.access import Access, AttentionInputs
 from interp_vlm.models.anatomy import Anatomy
 
-__all__ = ["mix", "rebuild"]
+__all__ = ["mix", "patterns", "rebuild"]
 
 
 def rebuild(
@@ -37,7 +39,7 @@ def rebuild(
     q = q[example, rows].transpose(1, 2)
     k = k.transpose(1, 2)
     k = k if inputs.before is None else torch.cat([inputs.before[0], k], dim=2)
-    k = k.repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
+    k = _shared(k, anatomy)
     scores = q @ k.transpose(-1, -2) * anatomy.scaling
     if anatomy.softcap is not None:
         scores = torch.tanh(scores / anatomy.softcap) * anatomy.softcap
@@ -53,19 +55,41 @@ def rebuild(
     return scores.softmax(-1, dtype=wide).nan_to_num(0.0).to(scores.dtype)
 
 
+def patterns(
+    access: Access,
+    attention: MutableMapping[int, AttentionInputs],
+    layers: Sequence[int],
+    rows: Int[Tensor, "batch row"],
+    real: Bool[Tensor, "batch row"],
+) -> Float[Tensor, "batch layer head row key"]:
+    """Rebuilt weights of several layers, whose inputs are taken out of `attention`; rows that are not real are zero."""
+    found = []
+    for layer in layers:
+        module = access.inside(layer, access.anatomy.attn)._module
+        weights = rebuild(module, access.anatomy, attention.pop(layer), rows.clamp(min=0))
+        found.append(weights.masked_fill(~real[:, None, :, None], 0))
+    return torch.stack(found, dim=1)
+
+
 def mix(
     weights: Float[Tensor, "batch head row key"], inputs: AttentionInputs, anatomy: Anatomy
 ) -> Float[Tensor, "batch row head d_head"]:
     """What the weights make of the values: the site `z`, as the rebuilt weights explain it."""
     values = inputs.v.unflatten(-1, (anatomy.n_kv_heads, anatomy.d_head)).transpose(1, 2)
     values = values if inputs.before is None else torch.cat([inputs.before[1], values], dim=2)
-    values = values.repeat_interleave(anatomy.n_heads // anatomy.n_kv_heads, dim=1)
+    values = _shared(values, anatomy)
     return (weights @ values).transpose(1, 2)
 
 
 def _heads(module: nn.Module, flat: Tensor, heads: int, width: int, norm: str | None) -> Tensor:
     split = flat.unflatten(-1, (heads, width))
     return split if norm is None else getattr(module, norm)(split)
+
+
+def _shared(x: Float[Tensor, "batch kv_head pos d_head"], anatomy: Anatomy) -> Float[Tensor, "batch head pos d_head"]:
+    """Keys or values once for each query head."""
+    times = anatomy.n_heads // anatomy.n_kv_heads
+    return x if times == 1 else x.repeat_interleave(times, dim=1)
 
 
 def _rotate(x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ every other run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.full import Program, Recording, alone, walk
-from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.models.anatomy import Anatomy
 
@@ -51,38 +50,26 @@ class Cone(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Rest:
-    """The rows of each example from one position on, through the layers from one on: `resume` (from 0) and `suffix`.
+    """All rows through the layers from one on: `resume`.
 
     Attributes:
         trunk: the clean run.
         layer: the first layer computed.
-        start: the first position computed.
         last: each example's answer position.
     """
 
     trunk: Trunk
     layer: int
-    start: int
     last: Int[Tensor, " batch"]
 
     def entering(self, layer: int, hidden: Tensor | None) -> Float[Tensor, "batch row d"]:
-        return self.trunk.residuals[layer][:, self.start :].clone() if hidden is None else hidden
+        return self.trunk.residuals[layer].clone() if hidden is None else hidden
 
     def call(self, layer: int) -> dict[str, Any]:
-        mask = self.trunk.calls[layer]["attention_mask"]
-        if self.start == 0:
-            return {**self.trunk.call(layer, None), "attention_mask": mask, "past_key_values": None}
-        mask = self.trunk.keep(layer) if mask is None else mask
-        rows = torch.arange(self.start, self.trunk.length, device=self.last.device).expand(len(self.last), -1)
-        own = {"attention_mask": mask[:, :, self.start :], "past_key_values": self.trunk.prefix(self.start)}
-        return {**self.trunk.call(layer, rows), **own}
+        return {**self.trunk.calls[layer], "past_key_values": None}
 
     def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch 1 d"]:
-        return hidden[torch.arange(len(hidden), device=hidden.device), self.last - self.start][:, None]
-
-    def placed(self, edit: ResolvedPlace) -> ResolvedPlace:
-        """The same edit on the rows that are computed."""
-        return replace(edit, here=edit.selected[:, self.start :]) if self.start else edit
+        return hidden[torch.arange(len(hidden), device=hidden.device), self.last][:, None]
 
 
 def run_cone(root: NNsight, access: Access, cone: Cone, program: Program) -> Recording:

@@ -1,4 +1,4 @@
-"""The `last_row` plan: many interventions on the answer's position as rows of one pass over shared keys and values."""
+"""The plans `last_row` and `suffix`: many interventions as rows of one pass over shared keys and values."""
 
 from __future__ import annotations
 
@@ -23,29 +23,41 @@ from interp_vlm.tokens.batch import Batch
 __all__ = ["Packed", "run_packed"]
 
 
+# Rows of one pass from which on matrix products get no faster, while the masked keys of other blocks cost more.
+_WIDE = 256
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The last row of each example as often as there are interventions, all over the trunk's keys: `last_row`.
+    """The same rows of each example as often as there are interventions, all over the trunk's keys.
 
-    A row joins at its intervention's first layer. Every row attends the trunk's positions as the last row does, but for
-    the last position itself: there it attends its own key instead, which lies behind the trunk's.
+    A block of rows joins at its intervention's first layer. Rows attend the trunk as in the clean run, but not the
+    positions that are computed: instead of these they attend the keys of their own block, which lie behind the trunk's.
 
     Attributes:
         trunk: the clean run.
-        starts: the first layer of each row, ascending.
+        starts: the first layer of each block, ascending.
+        rows: the positions that a block computes: the last one (`last_row`), or all from one on (`suffix`).
         last: each example's answer position.
     """
 
     trunk: Trunk
     starts: tuple[int, ...]
+    rows: Int[Tensor, "batch row"]
     last: Int[Tensor, " batch"]
 
     @property
     def layer(self) -> int:
         return self.starts[0]
 
-    def width(self, layer: int) -> int:
-        """Rows computed in a layer."""
+    @property
+    def stop(self) -> int:
+        """How many of the trunk's positions are attended: those before the rows, where the rows are all that follow."""
+        start = self.trunk.length - self.rows.shape[1]
+        return start if bool((self.rows[:, 0] == start).all()) else self.trunk.length
+
+    def blocks(self, layer: int) -> int:
+        """Interventions that act up to a layer."""
         return sum(start <= layer for start in self.starts)
 
     def entering(self, layer: int, hidden: Tensor | None) -> Float[Tensor, "batch row d"]:
@@ -53,49 +65,58 @@ class Packed:
         if not joining:
             assert hidden is not None
             return hidden
-        example = torch.arange(len(self.last), device=self.last.device)
-        new = self.trunk.residuals[layer][example, self.last][:, None].expand(-1, joining, -1)
-        return new.clone() if hidden is None else torch.cat([hidden, new], dim=1)
+        new = self.trunk.residuals[layer][self._example, self.rows].repeat(1, joining, 1)
+        return new if hidden is None else torch.cat([hidden, new], dim=1)
 
     def call(self, layer: int) -> dict[str, Any]:
-        rows = self.last[:, None].expand(-1, self.width(layer))
-        own = {"attention_mask": self._mask(layer), "past_key_values": self.trunk.prefix(self.trunk.length)}
+        rows = self.rows.repeat(1, self.blocks(layer))
+        own = {"attention_mask": self._mask(layer), "past_key_values": self.trunk.prefix(self.stop)}
         return {**self.trunk.call(layer, rows), **own}
 
     def _mask(self, layer: int) -> Shaped[Tensor, "batch _ row key"]:
-        """The last row's mask once for each row, in the kind that the model uses, with a key for each row behind."""
-        width, example = self.width(layer), torch.arange(len(self.last), device=self.last.device)
+        """The rows' mask once for each block, in the kind that the model uses, with the blocks' own keys behind."""
         mask = self.trunk.calls[layer]["attention_mask"]
         mask = self.trunk.keep(layer) if mask is None else mask
         blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        row = mask.expand(len(self.last), -1, -1, -1)[example, :, self.last]
-        itself = row[example, :, self.last]
-        trunk = row[:, :, None].repeat(1, 1, width, 1)
-        trunk[example, :, :, self.last] = blocked
-        own = torch.full((*trunk.shape[:3], width), blocked, dtype=mask.dtype, device=mask.device)
-        own.diagonal(dim1=-2, dim2=-1).copy_(itself[..., None])
-        return torch.cat([trunk, own], dim=-1)
+        mask = mask.expand(len(self.rows), -1, -1, -1)[self._example, :, self.rows].transpose(1, 2)
+        columns = self.rows[:, None, None].expand(*mask.shape[:3], -1)
+        among = mask.gather(3, columns)
+        trunk = mask.scatter(3, columns, blocked)[..., : self.stop]
+        blocks, (batch, heads, n, _) = self.blocks(layer), mask.shape
+        own = torch.full((batch, heads, blocks, n, blocks, n), blocked, dtype=mask.dtype, device=mask.device)
+        own.diagonal(dim1=2, dim2=4).copy_(among[..., None])
+        return torch.cat([trunk.repeat(1, 1, blocks, 1), own.flatten(4, 5).flatten(2, 3)], dim=-1)
 
-    def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch row d"]:
-        return hidden
+    def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch block d"]:
+        at = (self.rows == self.last[:, None]).long().argmax(dim=1)
+        return hidden.unflatten(1, (-1, self.rows.shape[1]))[self._example[:, 0], :, at]
 
-    def placed(self, edit: ResolvedPlace, row: int) -> Column:
-        """An edit of the last position on one of the rows."""
-        facts = {name: getattr(edit, name) for name in ("intervention", "batch", "selected", "keys", "layers")}
-        return Column(**facts, n_heads=edit.n_heads, clean_values=edit.clean_values, column=row, last=self.last)
+    def placed(self, edit: ResolvedPlace, block: int) -> Column:
+        """An edit of the rows in one of the blocks."""
+        same = ("intervention", "batch", "selected", "keys", "layers", "n_heads", "clean_values")
+        facts = {name: getattr(edit, name) for name in same}
+        here = edit.selected.gather(1, self.rows)
+        return Column(**facts, here=here, block=block, among=self.rows, stop=self.stop)
+
+    @property
+    def _example(self) -> Int[Tensor, "batch 1"]:
+        return torch.arange(len(self.rows), device=self.rows.device)[:, None]
 
 
 @dataclass(eq=False, kw_only=True)
 class Column(ResolvedPlace):
-    """The place of an intervention on one of the packed rows.
+    """The place of an intervention in one of the packed blocks.
 
     Attributes:
-        column: which row.
-        last: each example's answer position.
+        block: which one.
+        among: the positions that a block computes.
+        stop: where the trunk's keys end and the blocks' own begin.
     """
 
-    column: int
-    last: Int[Tensor, " batch"]
+    block: int
+    among: Int[Tensor, "batch row"]
+    stop: int
+    _known: Bool[Tensor, "batch key"] | None = None
 
     def prepared(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.site.name == "attn_mask":
@@ -103,27 +124,34 @@ class Column(ResolvedPlace):
         return value.clone(memory_format=torch.contiguous_format)
 
     def edit(self, value: Shaped[Tensor, "..."], layer: int) -> Shaped[Tensor, "..."]:
-        """The edit, made in the value itself: of many rows this changes one."""
-        example = torch.arange(len(self.last), device=self.last.device)
-        self.here = self.selected[example, self.last][:, None]
-        if self.site.name == "attn_mask":
-            part = value[:, :, self.column : self.column + 1]
-        else:
-            part = value[:, self.column : self.column + 1]
+        """The edit, made in the value itself: of many rows this changes a few."""
+        part = value.narrow(2 if self.site.name == "attn_mask" else 1, self._first, self.among.shape[1])
         part.copy_(super().edit(part, layer))
         return value
 
     def query_rows(self) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
         assert self.here is not None
-        return torch.full_like(self.here, self.column, dtype=torch.long), self.here
+        if self.among.shape[1] == 1:
+            return torch.full_like(self.among, self.block), self.here
+        rows, real = super().query_rows()
+        return rows + self._first, real
 
     def key_mask(self, width: int) -> Bool[Tensor, "batch key"]:
-        """Of the rows' own keys, behind the trunk's, only this row's can be meant."""
+        """Of the blocks' own keys, behind the trunk's, only this block's can be meant."""
         assert self.keys is not None
-        example = torch.arange(len(self.last), device=self.last.device)
-        found = super().key_mask(width)
-        found[:, self.keys.shape[1] + self.column] = self.keys[example, self.last]
-        return found
+        if self._known is None or self._known.shape[1] != width:
+            own = self.stop + self._first
+            self._known = torch.zeros(len(self.keys), width, dtype=torch.bool, device=self.keys.device)
+            self._known[:, : self.stop] = self.keys[:, : self.stop]
+            self._known[:, own : own + self.among.shape[1]] = self.keys.gather(1, self.among)
+        return self._known
+
+    @property
+    def _first(self) -> int:
+        return self.block * self.among.shape[1]
+
+
+Group = tuple[int, Sequence[ResolvedPlace], Plan]
 
 
 def run_packed(
@@ -132,10 +160,10 @@ def run_packed(
     trunk: Trunk | None,
     clean: Float[Tensor, "batch vocab"],
     batch: Batch,
-    groups: Sequence[tuple[int, Sequence[ResolvedPlace], Plan]],
+    groups: Sequence[Group],
     memory: int,
 ) -> Iterator[tuple[int, Float[Tensor, "batch vocab"], tuple[Receipt, ...]]]:
-    """Run groups of edits of the answer's position, a row each, in as few passes as memory allows.
+    """Run groups of edits by the plans `last_row` and `suffix`, a block of rows each, in as few passes as is good.
 
     Args:
         root: the wrapped model.
@@ -149,48 +177,50 @@ def run_packed(
     Yields:
         Of each group its number, logits and receipts.
     """
-    ordered = sorted(groups, key=lambda group: group[2].layer)
-    if not ordered:
-        return
-    assert trunk is not None
-    size = max(1, memory // _row_bytes(access, trunk, len(batch), len(ordered)))
-    start = 0
-    while start < len(ordered):
-        part = ordered[start : start + size]
-        try:
-            found = _pass(root, access, trunk, clean, batch, part)
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = min(size, len(part)) // 2 or 1
-            continue
-        yield from found
-        start += size
+    kinds: dict[tuple[str, int], list[Group]] = {}
+    for group in sorted(groups, key=lambda group: group[2].layer):
+        kinds.setdefault((group[2].name, group[2].start), []).append(group)
+    for (name, start), ordered in kinds.items():
+        assert trunk is not None
+        last = batch.last.to(clean.device)
+        rows = last[:, None]
+        if name == "suffix":
+            rows = torch.arange(start, trunk.length, device=clean.device).expand(len(batch), -1)
+        size = max(1, min(_WIDE // rows.shape[1], memory // _bytes(access, trunk, rows, len(ordered))))
+        done = 0
+        while done < len(ordered):
+            part = ordered[done : done + size]
+            cone = Packed(trunk, tuple(plan.layer for _, _, plan in part), rows, last)
+            try:
+                found = _pass(root, access, cone, clean, part)
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = min(size, len(part)) // 2 or 1
+                continue
+            yield from found
+            done += size
 
 
-def _row_bytes(access: Access, trunk: Trunk, batch: int, rows: int) -> int:
-    """What one more row takes: its mask, its scores and weights in receipts, and the widest activations."""
-    a, weight = access.anatomy, trunk.keys[0].element_size()
-    keys = trunk.length + rows
-    return batch * (a.n_heads * keys * (4 + 2 * weight) + weight * (8 * a.d_model + 3 * a.d_mlp + a.d_vocab))
+def _bytes(access: Access, trunk: Trunk, rows: Int[Tensor, "batch row"], blocks: int) -> int:
+    """What one more block takes: its mask, its scores and weights in receipts, and the widest activations."""
+    a, weight, (batch, n) = access.anatomy, trunk.keys[0].element_size(), rows.shape
+    keys = trunk.length + n * min(blocks, max(1, _WIDE // n))
+    return batch * n * (a.n_heads * keys * (4 + 2 * weight) + weight * (8 * a.d_model + 3 * a.d_mlp + a.d_vocab))
 
 
 def _pass(
-    root: NNsight,
-    access: Access,
-    trunk: Trunk,
-    clean: Float[Tensor, "batch vocab"],
-    batch: Batch,
-    groups: Sequence[tuple[int, Sequence[ResolvedPlace], Plan]],
+    root: NNsight, access: Access, cone: Packed, clean: Float[Tensor, "batch vocab"], groups: Sequence[Group]
 ) -> list[tuple[int, Float[Tensor, "batch vocab"], tuple[Receipt, ...]]]:
     """One pass for all groups, which come in the order of their first layers."""
-    cone = Packed(trunk, tuple(plan.layer for _, _, plan in groups), batch.last.to(clean.device))
-    placed = [[cone.placed(edit, row) for edit in edits] for row, (_, edits, _) in enumerate(groups)]
+    placed = [[cone.placed(edit, block) for edit in edits] for block, (_, edits, _) in enumerate(groups)]
     everything = [edit for edits in placed for edit in edits]
     recording = run_cone(root, access, cone, receipts.program(everything))
     receipts.refuse_without_effect(everything)
     logits = recording.logits
     assert logits is not None
+    idle = torch.tensor([plan.idle for _, _, plan in groups], device=logits.device)
+    logits = torch.where(idle[None, :, None], clean[:, None], logits)
     changes = (logits - clean[:, None]).abs().amax(dim=(0, 2)).tolist()
-    issued = receipts.issue(placed, recording, access, changes, "last_row")
-    return [(number, logits[:, row], issued[row]) for row, (number, _, _) in enumerate(groups)]
+    issued = receipts.issue(placed, recording, access, changes, groups[0][2].name)
+    return [(number, logits[:, block], issued[block]) for block, (number, _, _) in enumerate(groups)]

@@ -91,7 +91,7 @@ class ResolvedPlace:
         self._refuse_other_rows(value)
         if isinstance(self.intervention, AttentionKnockout):
             new = self.intervention.block(value, self._rows_here, self.key_mask(value.shape[-1]), self.n_heads)
-            removed = int((value & ~new).sum())
+            removed = int((value != new).sum())
             # One shared row of the mask stands for every head.
             self.changed += removed * (self.n_heads if new.shape[1] == 1 else 1)
             return new

@@ -110,9 +110,22 @@ def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
         what = "nothing is edited" if not edits else "the image side is edited" if beside else why
         return [_full(batch, n_layers, what)]
     layer = min(layer for edit in edits for layer in edit.layers)
+    touched = edits[0].selected if len(edits) == 1 else torch.stack([edit.selected for edit in edits]).any(dim=0)
+    # What a layer's attention reads has been decided before it: an edit behind that point spreads from the next layer.
+    spreads = range(min(_spread_from(edit) for edit in edits), n_layers)
+    key = layer, spreads, touched.cpu().numpy().tobytes(), tuple(trunk.residuals)
+    if key not in trunk.plans:
+        trunk.plans[key] = _cones(layer, touched, spreads, batch, n_layers, trunk)
+    return trunk.plans[key]
+
+
+def _cones(
+    layer: int, touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, n_layers: int, trunk: Trunk
+) -> list[Plan]:
+    """The same for edits of these positions from this layer on."""
     length, kept, depth = trunk.length, trunk.nbytes, n_layers - layer
-    last = batch.last.to(edits[0].selected.device)
-    start, alone, idle = _reach(edits, batch, n_layers, trunk)
+    last = batch.last.to(touched.device)
+    start, alone, idle = _spread(touched, spreads, batch, trunk)
     plans = []
     above = f"nothing changes before layer {layer}"
     if alone and not trunk.unknown:
@@ -125,19 +138,9 @@ def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
     return [*plans, _full(batch, n_layers, "it was asked for")]
 
 
-def _reach(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk) -> tuple[int, bool, bool]:
-    """The first position that edits can change, whether they can change the answers' own rows alone, and whether no
-    answer can change."""
-    touched = edits[0].selected if len(edits) == 1 else torch.stack([edit.selected for edit in edits]).any(dim=0)
-    # What a layer's attention reads has been decided before it: an edit behind that point spreads from the next layer.
-    spreads = range(min(_spread_from(edit) for edit in edits), n_layers)
-    key = spreads, touched.cpu().numpy().tobytes()
-    if key not in trunk.reaches:
-        trunk.reaches[key] = _spread(touched, spreads, batch, trunk)
-    return trunk.reaches[key]
-
-
 def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, trunk: Trunk) -> tuple[int, bool, bool]:
+    """The first position that edits of these rows can change when other rows read them in these layers, whether they
+    can change the answers' own rows alone, and whether no answer can change."""
     real = batch.inputs["attention_mask"].to(touched.device).bool()
     last = torch.zeros_like(touched)
     last[torch.arange(len(batch), device=touched.device), batch.last.to(touched.device)] = True

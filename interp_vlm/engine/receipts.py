@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from interp_vlm.engine.access import Access
@@ -14,7 +14,6 @@ from interp_vlm.engine.attention import mix, rebuild
 from interp_vlm.engine.full import Program, Recording
 from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import indices
 from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.models.anatomy import Anatomy
 
@@ -192,7 +191,8 @@ def _weigh(
     counts = [own.shape[1] for _, own in places]
     masks = [edit.key_mask(weights.shape[-1]) for edit in edits]
     keys = torch.cat([mask[:, None].expand(-1, n, -1) for mask, n in zip(masks, counts, strict=True)], dim=1)
-    heads = torch.stack([_heads(edit, anatomy) for edit in edits]).to(rows.device)
+    knockouts = [edit.intervention for edit in edits if isinstance(edit.intervention, AttentionKnockout)]
+    heads = torch.stack([knockout.head_mask(anatomy.n_heads) for knockout in knockouts]).to(rows.device)
     heads = heads.repeat_interleave(torch.tensor(counts, device=rows.device), dim=0).T
     left = (weights * keys[:, None]).sum(-1).masked_fill(~(real[:, None] & heads), 0).amax(dim=(0, 1)).tolist()
     gaps = (mix(weights, inputs, anatomy) - seen).abs().amax(dim=(2, 3)).masked_fill(~real, 0).amax(dim=0).tolist()
@@ -204,12 +204,3 @@ def _weigh(
             yield max(left[part]), max(gaps[part]) / max(*sizes[part], 1e-30)
         else:
             yield 0.0, None
-
-
-def _heads(edit: ResolvedPlace, anatomy: Anatomy) -> Bool[Tensor, " head"]:
-    """The heads in which a knockout acts."""
-    knockout = edit.intervention
-    assert isinstance(knockout, AttentionKnockout)
-    heads = torch.zeros(anatomy.n_heads, dtype=torch.bool)
-    heads[list(indices("all" if knockout.heads is None else knockout.heads, anatomy.n_heads, "head"))] = True
-    return heads

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from nnsight import NNsight
 from torch import Tensor
-from transformers import DynamicCache
 
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
-from interp_vlm.engine.attention import rebuild
+from interp_vlm.engine.attention import patterns
+from interp_vlm.engine.clean import CleanRun, CleanRuns
 from interp_vlm.engine.cone import Rest, alike, run_cone, run_decoder
-from interp_vlm.engine.evidence import sink_scores
-from interp_vlm.engine.full import Program, Recording, answer_rows, forward, generate
+from interp_vlm.engine.full import Program, answer_rows, forward, generate
 from interp_vlm.engine.memory import Budget, budget
 from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.place import (
@@ -34,7 +32,7 @@ from interp_vlm.engine.plan import Plan, check_engine, choose
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import CellIntervention, Intervention, indices
+from interp_vlm.interventions.base import CellIntervention, Intervention
 from interp_vlm.interventions.cache import Cache
 from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.sites import site as site_named
@@ -42,29 +40,9 @@ from interp_vlm.tokens import select
 from interp_vlm.tokens.batch import Batch
 from interp_vlm.tokens.select import Selector
 
-__all__ = ["CleanRun", "Engine", "Outcome"]
+__all__ = ["Engine", "Outcome"]
 
 _NEVER = -1
-
-
-@dataclass
-class CleanRun:
-    """A batch's run without interventions: its answer logits, and whatever was asked of it so far.
-
-    Attributes:
-        weights: the state of the model's weights at the time.
-        evidence: scores per position that selectors need.
-        values: whole sites by (site, layer), for means and donors.
-        trunk: what cones start from.
-        decoder: the keyword arguments with which the model called its decoder.
-    """
-
-    logits: Float[Tensor, "batch vocab"]
-    weights: object
-    evidence: dict[str, Float[Tensor, "batch pos"]] = field(default_factory=dict)
-    values: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    trunk: Trunk | None = None
-    decoder: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,71 +67,10 @@ class Engine:
     def __init__(self, root: NNsight, anatomy: Anatomy, name: str) -> None:
         self.root, self.anatomy, self.name = root, anatomy, name
         self.access = Access(root, anatomy)
-        self._clean: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
+        self.clean = CleanRuns(root, self.access)
         # The first layer from which the decoder's layers, called one after another, gave the model's own answer.
         self._proved = anatomy.n_layers
         self._decoder_proved: bool | None = None
-
-    def known(self, batch: Batch) -> CleanRun | None:
-        """The batch's clean run, if it was made with the weights that the model has now."""
-        found = self._clean.get(batch)
-        return found if found is not None and found.weights == self._weights() else None
-
-    def clean(
-        self,
-        batch: Batch,
-        needs: Iterable[str] = (),
-        values: Iterable[tuple[str, int]] = (),
-        residuals: Iterable[int] = (),
-    ) -> CleanRun:
-        """The batch's run without interventions, made once and kept as long as the batch and the model's weights.
-
-        Args:
-            batch: the encoded examples.
-            needs: evidence that selectors need.
-            values: whole sites to keep, as (site, layer).
-            residuals: layers from which cones are to start.
-        """
-        held = self.known(batch)
-        trunk = held.trunk if held else None
-        missing = [name for name in needs if held is None or name not in held.evidence]
-        absent = [cell for cell in values if held is None or cell not in held.values]
-        wanted = set(residuals)
-        starts = wanted - set(trunk.residuals if trunk else ())
-        if held is not None and not missing and not absent and not starts:
-            return held
-        program = self._evidence_program(missing)
-        captures = {site: set(layers) for site, layers in program.captures.items()}
-        for site, layer in [*absent, *(("resid_pre", layer) for layer in starts)]:
-            captures.setdefault(site, set()).add(layer)
-        calls = frozenset(range(self.anatomy.n_layers)) if starts and trunk is None else frozenset[int]()
-        inputs: dict[str, Any] = dict(batch.inputs)
-        cache: Any = DynamicCache()
-        if calls:  # a cache without a configuration keeps every position, in sliding layers too
-            inputs["past_key_values"] = cache
-        program = replace(program, captures=captures, calls=calls, decoder=True)
-        recording = forward(self.root, self.access, inputs, program)
-        assert recording.logits is not None
-        held = held or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
-        held.decoder = recording.decoder
-        held.evidence.update(self._evidence(missing, recording, batch))
-        held.values.update({cell: recording.values[cell] for cell in absent})
-        if calls:
-            listed = [recording.calls[layer] for layer in range(self.anatomy.n_layers)]
-            trunk = Trunk(listed, {}, [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers])
-        if starts:
-            assert trunk is not None
-            # What other runs started from is not kept: the layers asked for now are those that will be used.
-            before = {layer: trunk.residuals[layer] for layer in wanted - starts}
-            trunk.residuals = before | {layer: recording.values["resid_pre", layer] for layer in starts}
-            held.trunk = trunk
-        self._clean[batch] = held
-        return held
-
-    def _weights(self) -> tuple[tuple[int, int], ...]:
-        """What changes when a weight is replaced or written in place (but not behind autograd's back, by `.data`)."""
-        parameters = self.root._module.parameters()
-        return tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in parameters)
 
     def run(
         self, batch: Batch, interventions: Sequence[Intervention], engine: str = "auto", memory: Budget = None
@@ -215,11 +132,12 @@ class Engine:
             number: choose(edits, batch, self.anatomy.n_layers, trunk, engine, why, decoder)
             for number, edits in resolved.items()
         }
-        packed = [(number, resolved[number], plans[number]) for number in groups if plans[number].name == "last_row"]
+        by_rows = [number for number in groups if plans[number].name in ("last_row", "suffix")]
+        packed = [(number, resolved[number], plans[number]) for number in by_rows]
         for number, edits in resolved.items():
             if not edits:
                 yield number, Outcome(clean.logits, clean.logits, (), plans[number])
-            elif plans[number].name != "last_row":
+            elif number not in by_rows:
                 yield number, self._one(batch, edits, plans[number], clean)
         for number, logits, issued in run_packed(self.root, self.access, trunk, clean.logits, batch, packed, allowed):
             yield number, Outcome(logits, clean.logits, issued, plans[number])
@@ -238,8 +156,7 @@ class Engine:
             logits = recording.logits
         else:
             assert clean.trunk is not None
-            cone = Rest(clean.trunk, chosen.layer, chosen.start, last)
-            edits = [cone.placed(edit) for edit in edits]
+            cone = Rest(clean.trunk, chosen.layer, last)
             recording = run_cone(self.root, self.access, cone, receipts.program(edits))
             assert recording.logits is not None
             logits = clean.logits if chosen.idle else recording.logits[:, 0]
@@ -290,7 +207,7 @@ class Engine:
             return None, "it was asked for"
         if clean.trunk is not None and min(clean.trunk.residuals) < self._proved:
             first = min(clean.trunk.residuals)
-            cone = Rest(clean.trunk, first, 0, batch.last.to(clean.logits.device))
+            cone = Rest(clean.trunk, first, batch.last.to(clean.logits.device))
             again = run_cone(self.root, self.access, cone, Program()).logits
             assert again is not None
             self._proved = first if alike(again[:, 0], clean.logits) else _NEVER
@@ -328,7 +245,7 @@ class Engine:
         needy = [each for each in everything if isinstance(each, CellIntervention) and each.needs_clean]
         values = {(each.site, layer) for each in needy for layer in layers_of(each.where, each.layers, self.anatomy)}
         residuals = () if self._proved == _NEVER else residuals
-        clean = self.clean(batch, sorted(self._needs(everything)), sorted(values), residuals)
+        clean = self.clean.of(batch, sorted(self._needs(everything)), sorted(values), residuals)
         known: dict[Selector, Tensor] = {}
         resolved = [
             [resolve(each, batch, self.anatomy, clean.evidence, generating=generating, known=known) for each in group]
@@ -352,7 +269,7 @@ class Engine:
         for name in sites:
             refuse_pictureless(site_named(name), batch)
         selector = select.of(positions)
-        evidence = self.clean(batch, selector.needs).evidence if selector.needs else {}
+        evidence = self.clean.of(batch, selector.needs).evidence if selector.needs else {}
         index, mask = padded_positions(selected(batch, selector, evidence))
         edits = self.resolve(batch, interventions) if interventions else []
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
@@ -367,15 +284,15 @@ class Engine:
         program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)
         recording = forward(self.root, self.access, batch.inputs, program)
         receipts.refuse_without_effect(edits)
-        if not edits and self.known(batch) is None:  # a run without interventions: whoever needs its answers has them
+        if not edits:  # whoever needs the answers has them
             assert recording.logits is not None
-            self._clean[batch] = CleanRun(answer_rows(recording.logits, batch.last), self._weights())
+            self.clean.add(batch, recording.logits)
         values = {
             name: torch.stack([recording.values[name, layer] for layer in found], dim=1)
             for name, found in plain.items()
         }
         if "pattern" in by_site:
-            values["pattern"] = self._patterns(recording, by_site["pattern"], index, mask)
+            values["pattern"] = patterns(self.access, recording.attention, by_site["pattern"], index, mask)
         return Cache({name: values[name] for name in sites}, by_site, index, mask, batch.tokens, self.name)
 
     def generate(self, batch: Batch, interventions: Sequence[Intervention], steps: int, **options: Any) -> Tensor:
@@ -388,45 +305,8 @@ class Engine:
         receipts.refuse_without_effect(edits)
         return getattr(out, "sequences", out)[:, prompt:]
 
-    def _patterns(self, recording: Recording, layers: Sequence[int], index: Tensor, mask: Tensor) -> Tensor:
-        found = []
-        for layer in layers:
-            module = self.access.inside(layer, self.anatomy.attn)._module
-            weights = rebuild(module, self.anatomy, recording.attention.pop(layer), index.clamp(min=0))
-            found.append(weights.masked_fill(~mask[:, None, :, None], 0))
-        return torch.stack(found, dim=1)
-
     def _needs(self, interventions: Sequence[Intervention]) -> set[str]:
         return {name for value in interventions for selector in value.selectors for name in selector.needs}
-
-    def _evidence_program(self, needs: Sequence[str]) -> Program:
-        middle = self.anatomy.n_layers // 2
-        attention = frozenset(layer for name in needs for layer in self._attention_layers(name))
-        return Program(captures={"resid_post": [middle]} if "sinks" in needs else {}, attention=attention)
-
-    def _attention_layers(self, name: str) -> tuple[int, ...]:
-        """The layers whose attention makes up this evidence: all for "attention", one for "attention@LAYER"."""
-        kind, _, layer = name.partition("@")
-        if kind != "attention":
-            return ()
-        return indices(int(layer) if layer else "all", self.anatomy.n_layers, "layer")
-
-    def _evidence(self, names: Sequence[str], recording: Recording, batch: Batch) -> dict[str, Tensor]:
-        found = {}
-        if recording.attention:
-            layers = sorted(recording.attention)
-            last = batch.last.to(batch.inputs["input_ids"].device)[:, None]
-            rows = self._patterns(recording, layers, last, torch.ones_like(last, dtype=torch.bool)).float()
-        for name in names:
-            if name == "sinks":
-                found[name] = sink_scores(recording.values["resid_post", self.anatomy.n_layers // 2])
-            elif wanted := self._attention_layers(name):
-                found[name] = rows[:, [layers.index(layer) for layer in wanted]].mean(dim=(1, 2, 3))
-            else:
-                raise InterventionError(
-                    f"no evidence named {name!r}", expected="'attention', 'attention@LAYER', 'sinks'"
-                )
-        return found
 
 
 def _tower_rows(batch: Batch, value: Tensor) -> Tensor:
@@ -448,4 +328,4 @@ def _keep(name: str, value: Tensor, index: Tensor, mask: Tensor) -> Tensor:
     if name == "attn_mask":
         return value[example, :, index.clamp(min=0)].transpose(1, 2) & mask[:, None, :, None]
     kept = value[example, index.clamp(min=0)]
-    return kept.masked_fill(~mask.view(*mask.shape, *[1] * (kept.dim() - 2)), 0)
+    return kept if bool(mask.all()) else kept.masked_fill_(~mask.view(*mask.shape, *[1] * (kept.dim() - 2)), 0)

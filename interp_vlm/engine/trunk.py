@@ -27,14 +27,14 @@ class Trunk:
         calls: the keyword arguments with which the model called each decoder layer, without its key-value cache.
         residuals: the residual stream before a layer, for the layers that were asked for.
         keys, values: what each layer attends, keys after q/k norms and rotation.
-        reaches: how far edits of some rows can reach, as plans have worked it out.
+        plans: the plans that are exact for edits of some rows, as they have been worked out.
     """
 
     calls: list[Mapping[str, Any]]
     residuals: dict[int, Float[Tensor, "batch pos d"]]
     keys: list[Float[Tensor, "batch head pos d_head"]]
     values: list[Float[Tensor, "batch head pos d_head"]]
-    reaches: dict[Hashable, tuple[int, bool, bool]] = field(default_factory=dict)
+    plans: dict[Hashable, Any] = field(default_factory=dict)
     _keeps: dict[int, Tensor] = field(default_factory=dict)
     _attended: dict[frozenset[int], Tensor] = field(default_factory=dict)
 
@@ -65,11 +65,9 @@ class Trunk:
             known = self._attended[frozenset(masks)] = torch.stack(torch.broadcast_tensors(*found)).any(dim=0)
         return known
 
-    def call(self, layer: int, rows: Int[Tensor, "batch row"] | None) -> dict[str, Any]:
-        """The keyword arguments of a layer for some rows of each example (None: for all of them), without a mask."""
+    def call(self, layer: int, rows: Int[Tensor, "batch row"]) -> dict[str, Any]:
+        """The keyword arguments of a layer for some rows of each example, without a mask."""
         call = {name: value for name, value in self.calls[layer].items() if name != "attention_mask"}
-        if rows is None:
-            return call
         call["position_embeddings"] = tuple(_taken(part, rows) for part in call["position_embeddings"])
         if call.get("position_ids") is not None:
             call["position_ids"] = _taken(call["position_ids"][..., None], rows)[..., 0]

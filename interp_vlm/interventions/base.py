@@ -7,6 +7,7 @@ selectors, hands it the selected rows of one site at one layer, and writes back 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import operator
 from abc import ABC, abstractmethod
@@ -84,7 +85,9 @@ def indices(spec: Indices | Any, count: int, what: str) -> tuple[int, ...]:
             return tuple(range(count))
         raise InterventionError(f"{what}s={spec!r}", expected="an int, a range, a list of ints or 'all'")
     try:
-        given = list(kept(spec)) if isinstance(spec, Iterable) else [spec]
+        # The usual types first: to ask for an iterable is slow.
+        several = isinstance(spec, list | tuple | range) or (not isinstance(spec, int) and isinstance(spec, Iterable))
+        given: list[Any] = list(kept(spec)) if several else [spec]
         wanted = [operator.index(index) for index in given]
         if any(isinstance(index, bool) for index in given):
             raise TypeError("a mask is no list of numbers")
@@ -111,7 +114,7 @@ def indices(spec: Indices | Any, count: int, what: str) -> tuple[int, ...]:
 
 def kept(spec: Any) -> Any:
     """A copy of an index spec that neither runs out, as a generator does, nor changes with the caller's list."""
-    if isinstance(spec, str | range | tuple) or not isinstance(spec, Iterable) or getattr(spec, "ndim", 1) == 0:
+    if isinstance(spec, str | int | range | tuple) or not isinstance(spec, Iterable) or getattr(spec, "ndim", 1) == 0:
         return spec
     return list(spec.tolist() if hasattr(spec, "tolist") else spec)  # type: ignore[attr-defined]
 
@@ -181,8 +184,7 @@ class Intervention(ABC):
         vlm._apply_live(self)
 
     def _fields(self) -> dict[str, Any]:
-        public = [item for item in dataclasses.fields(self) if not item.name.startswith("_")]
-        return {item.name: getattr(self, item.name) for item in sorted(public, key=lambda item: bool(item.kw_only))}
+        return {name: getattr(self, name) for name in _defaults(type(self))}
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and fingerprint(self._fields()) == fingerprint(other._fields())  # type: ignore[attr-defined]
@@ -191,15 +193,20 @@ class Intervention(ABC):
         return hash((type(self).__name__, fingerprint(self._fields())))
 
     def __repr__(self) -> str:
-        defaults = {item.name: item.default for item in dataclasses.fields(self)}
+        defaults = _defaults(type(self))
         shown = [
             f"{name}={brief(value)}"
             for name, value in self._fields().items()
-            if name in _ALWAYS
-            or defaults[name] is dataclasses.MISSING
-            or fingerprint(value) != fingerprint(defaults[name])
+            if name in _ALWAYS or (value is not defaults[name] and fingerprint(value) != fingerprint(defaults[name]))
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+@functools.cache
+def _defaults(kind: type[Intervention]) -> dict[str, Any]:
+    """The public fields of a kind of intervention, in the order of a call, with their defaults (MISSING for none)."""
+    public = [item for item in dataclasses.fields(kind) if not item.name.startswith("_")]
+    return {item.name: item.default for item in sorted(public, key=lambda item: bool(item.kw_only))}
 
 
 @dataclass(frozen=True, repr=False, eq=False)

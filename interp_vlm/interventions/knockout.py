@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,10 @@ class AttentionKnockout(Intervention):
     def selectors(self) -> tuple[Selector, ...]:
         return (self._queries, self._keys)
 
+    def head_mask(self, n_heads: int) -> Bool[Tensor, " head"]:
+        """The heads acted on, of `n_heads`."""
+        return _mask(indices("all" if self.heads is None else self.heads, n_heads, "head"), n_heads)
+
     def block(
         self,
         keep: Bool[Tensor, "#batch heads query key"],
@@ -87,12 +92,10 @@ class AttentionKnockout(Intervention):
         """
         edges = queries[:, None, :, None] & keys[:, None, None, :]
         if self.heads is not None:
-            chosen = torch.zeros(n_heads, dtype=torch.bool, device=keep.device)
-            chosen[list(indices(self.heads, n_heads, "head"))] = True
-            edges = edges & chosen[None, :, None, None]
+            edges = edges & self.head_mask(n_heads).to(keep.device)[:, None, None]
         blocked = keep & ~edges
-        emptied = ~blocked.any(-1) & queries[:, None, :]
-        if emptied.any():
+        attending = blocked.any(-1)
+        if not attending.all() and (emptied := ~attending & queries[:, None, :]).any():
             example, _, row = (int(index) for index in emptied.nonzero()[0])
             raise InterventionError(
                 f"{self!r} leaves position {row} of example {example} with no key to attend",
@@ -121,3 +124,10 @@ class AttentionKnockout(Intervention):
             AttentionKnockout(queries='last', keys='image', layers=range(0, 2))
         """
         return [self, *vlm.leaks(batch, self).closing(edges)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _mask(chosen: tuple[int, ...], count: int) -> Bool[Tensor, " count"]:
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[list(chosen)] = True
+    return mask

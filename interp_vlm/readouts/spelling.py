@@ -49,11 +49,14 @@ class AnswerVocabulary:
     ids: dict[str, tuple[int, ...]]
     _raw: dict[int, str] = field(repr=False)
     _known: dict[tuple[bytes, str], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _answers: dict[tuple[int, Any], Tensor] = field(default_factory=dict, repr=False)
 
     def answers(self, width: int, device: torch.device | str = "cpu") -> Int[Tensor, " width"]:
         """Number of the answer of each of `width` logits; those beyond the tokenizer's ids are their own."""
-        beyond = torch.arange(width - len(self.texts)) if width > len(self.texts) else torch.arange(0)
-        return torch.cat([self.answer_of[:width], len(self.labels) + beyond]).to(device)
+        if (width, device) not in self._answers:
+            beyond = torch.arange(max(0, width - len(self.texts)))
+            self._answers[width, device] = torch.cat([self.answer_of[:width], len(self.labels) + beyond]).to(device)
+        return self._answers[width, device]
 
     def text(self, token: int) -> str:
         """The text of a token as an answer."""

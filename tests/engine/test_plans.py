@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 
 import interp_vlm as iv
 from interp_vlm import select
-from interp_vlm.engine import packed, runner
+from interp_vlm.engine import clean, packed
 from interp_vlm.engine.cone import Rest
 from interp_vlm.engine.memory import budget
 from interp_vlm.engine.packed import Packed
@@ -44,6 +45,8 @@ def elsewhere(setting):
     source = setting.vlm.capture(setting.corrupt, "resid_post")
     return [
         iv.AttentionKnockout("question", "image", layers=[1], allow_empty=True),
+        iv.AttentionKnockout("question", "image", layers=[0], heads=[1], allow_empty=True),
+        iv.Ablation("resid_pre", layers=[0], positions="image", to="zero"),
         iv.Ablation("resid_pre", layers=[1], positions="image", to="zero"),
         iv.ActivationPatch("resid_post", layers=[0], positions="image", source=source),
         iv.Ablation("z", layers=[0, 1], heads=[0], positions="question", to="mean"),
@@ -104,6 +107,7 @@ class TestSabotage:
     setting = Setting("llava")
     last = staticmethod(lambda: iv.Ablation("mlp_out", layers=[1], positions="last", to="zero"))
     later = staticmethod(lambda: iv.Ablation("mlp_out", layers=[1], positions="question", to="zero"))
+    whole = staticmethod(lambda: iv.Ablation("mlp_out", layers=[1], positions="all", to="zero"))
 
     def difference(self, each):
         ((_, fast),) = self.setting.vlm._engine.runs(self.setting.batch, [[each]])
@@ -113,8 +117,9 @@ class TestSabotage:
     def honest(self):
         assert self.difference(self.last()) < 1e-12
         assert self.difference(self.later()) < 1e-12
+        assert self.difference(self.whole()) < 1e-12
 
-    @pytest.mark.parametrize(("plan", "each"), [(Packed, "last"), (Rest, "later")])
+    @pytest.mark.parametrize(("plan", "each"), [(Packed, "last"), (Packed, "later"), (Rest, "whole")])
     def test_the_residual_stream_of_another_layer(self, plan, each, monkeypatch):
         entering = plan.entering
         wrong = self.setting.vlm.capture(self.setting.batch, "resid_pre", layers=[0])["resid_pre"][:, 0]
@@ -125,6 +130,20 @@ class TestSabotage:
 
         monkeypatch.setattr(plan, "entering", earlier)
         assert self.difference(getattr(self, each)()) > 1e-3
+
+    def test_the_keys_of_another_block(self, monkeypatch):
+        mask = Packed._mask
+
+        def swapped(cone, layer):
+            found = mask(cone, layer).clone()
+            found[..., cone.stop :] = found[..., cone.stop :].roll(cone.rows.shape[1], dims=-1)
+            return found
+
+        many = [self.later(), iv.Ablation("mlp_out", layers=[0], positions="question", to="zero")]
+        wanted = logits(self.setting, many, "suffix")
+        monkeypatch.setattr(Packed, "_mask", swapped)
+        found = logits(self.setting, many, "suffix")
+        assert all(gap(wrong.logits, right.logits) > 1e-3 for wrong, right in zip(found, wanted, strict=True))
 
     def test_one_key_fewer(self, monkeypatch):
         mask = Packed._mask
@@ -139,6 +158,8 @@ class TestSabotage:
 
     def test_the_last_key_of_the_run_without_interventions(self, monkeypatch):
         mask = Packed._mask
+        monkeypatch.setattr(Packed, "stop", property(lambda cone: cone.trunk.length))
+        assert self.difference(self.last()) < 1e-12
 
         def stale(cone, layer):
             found = mask(cone, layer).clone()
@@ -152,8 +173,8 @@ class TestSabotage:
     @pytest.mark.parametrize("each", ["last", "later"])
     def test_the_prefix_of_another_batch(self, each, monkeypatch):
         engine, batch = self.setting.vlm._engine, self.setting.batch
-        trunk = engine.clean(batch).trunk
-        other = engine.clean(self.setting.corrupt, residuals=[1]).trunk
+        trunk: Any = engine.clean.of(batch).trunk
+        other: Any = engine.clean.of(self.setting.corrupt, residuals=[1]).trunk
         monkeypatch.setattr(trunk, "keys", other.keys)
         monkeypatch.setattr(trunk, "values", other.values)
         assert self.difference(getattr(self, each)()) > 1e-3
@@ -229,9 +250,9 @@ class TestMemory:
     def test_captures_that_will_not_be_used_are_not_kept(self):
         batch = self.setting.vlm.encode(self.setting.batch.images[0][0], "is there a cat?")
         iv.sweep(self.setting.vlm, batch, [iv.AttentionKnockout(layers=[2])])
-        assert set(self.setting.vlm._engine.clean(batch).trunk.residuals) == {2}
-        kept = self.setting.vlm._engine.clean(batch).trunk.nbytes
-        assert self.setting.vlm.plan(batch, iv.AttentionKnockout(layers=[2])).memory == kept
+        trunk: Any = self.setting.vlm._engine.clean.of(batch).trunk
+        assert set(trunk.residuals) == {2}
+        assert self.setting.vlm.plan(batch, iv.AttentionKnockout(layers=[2])).memory == trunk.nbytes
 
     def test_out_of_memory_halves_the_rows_of_a_pass(self, monkeypatch):
         wanted = iv.sweep(self.setting.vlm, self.setting.batch, self.many())
@@ -289,6 +310,27 @@ def test_what_nothing_reads_changes_nothing_to_the_bit():
     assert not setting.vlm.plan(setting.batch, iv.AttentionKnockout("last", "image", layers=[-1])).idle
 
 
+def test_interventions_on_the_same_rows_share_a_pass(monkeypatch):
+    setting = Setting("llava")
+    question = min(int(tokens.question.min()) for tokens in setting.batch.tokens)
+    many = [
+        iv.AttentionKnockout(select.positions(range(question, question + 2)), "image", layers=[layer], heads=[head])
+        for layer in range(LAYERS - 1) for head in range(3)
+    ]  # fmt: skip
+    wanted = logits(setting, many, "full")
+    passes, one = [], packed._pass
+    monkeypatch.setattr(packed, "_pass", lambda *args: passes.append(len(args[-1])) or one(*args))
+    found = logits(setting, many, "auto")
+    assert passes == [len(many)]
+    monkeypatch.setattr(packed, "_WIDE", 2 * (found[0].plan.rows // len(setting.batch)))
+    again = logits(setting, many, "auto")
+    assert passes == [len(many), 2, 2, 2]
+    for fast, split, slow in zip(found, again, wanted, strict=True):
+        assert fast.plan.name == "suffix"
+        assert gap(fast.logits, slow.logits) <= setting.tolerance
+        assert gap(split.logits, slow.logits) <= setting.tolerance
+
+
 def test_results_come_in_the_order_asked():
     setting = Setting("llava")
     last, image = at_the_answer(setting, 1)[0], elsewhere(setting)[1]
@@ -304,8 +346,8 @@ def test_results_come_in_the_order_asked():
 def test_one_clean_run_serves_a_sweep(monkeypatch):
     setting = Setting("llava")
     batch = setting.vlm.encode(setting.batch.images[0][0], "is there a cat?")
-    runs, forward = [], runner.forward
-    monkeypatch.setattr(runner, "forward", lambda *args: runs.append(1) or forward(*args))
+    runs, forward = [], clean.forward
+    monkeypatch.setattr(clean, "forward", lambda *args: runs.append(1) or forward(*args))
     iv.sweep(setting.vlm, batch, [each for layer in range(LAYERS) for each in at_the_answer(setting, layer)[4:5]])
     assert len(runs) == 1
     batch = setting.vlm.encode(setting.batch.images[0][0], "is there a dog?")
