@@ -29,7 +29,7 @@ FLOOR = 0.01
 PROBED = 16
 """Pairs of pictures that probes and L1 neurons learn from."""
 WHAT = {"layers": ("layers",), "heads": ("heads",), "positions": ("ends", "stream"), "neurons": ("neurons",)}
-"""What methods are scored on. Positions are ends of edges where edges are cut, cells of the residual stream elsewhere."""
+"""What methods are scored on. Positions are ends of edges where edges are cut, cells of the stream elsewhere."""
 Names = frozenset[Hashable]
 
 

@@ -11,8 +11,6 @@ from collections.abc import Hashable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
 import interp_vlm as iv
 from experiments.ground_truth.bench import FLOOR, WHAT, Bench, Found
 
