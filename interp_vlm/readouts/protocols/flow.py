@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_vlm import stats
+from interp_vlm.engine.memory import Budget
 from interp_vlm.errors import DataError, InterventionError, SelectionError
 from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.interventions.vary import windows
@@ -79,21 +80,22 @@ class InformationFlow:
 
     def frame(self) -> pd.DataFrame:
         """A tidy table: one row per flow, layer and example, those with a wrong answer included."""
+        import numpy as np
         import pandas as pd
 
-        change, rows = self.change, []
-        for at, flow in enumerate(self.flows):
-            for layer, cut in enumerate(self.windows):
-                for example, token in enumerate(self.first_tokens):
-                    rows.append(
-                        {
-                            "flow": flow, "layer": layer, "first_layer": cut[0], "last_layer": cut[-1],
-                            "example": example, "picture": self.pictures[example], "token": token,
-                            "before": float(self.before[example]), "after": float(self.after[at, layer, example]),
-                            "change": float(change[at, layer, example]), "right": bool(self.right[example]),
-                        }
-                    )  # fmt: skip
-        return pd.DataFrame(rows)
+        flow, layer, example = (index.ravel() for index in np.indices(self.after.shape))
+        return pd.DataFrame(
+            {
+                "flow": np.asarray(self.flows, dtype=object)[flow], "layer": layer,
+                "first_layer": np.asarray([cut[0] for cut in self.windows])[layer],
+                "last_layer": np.asarray([cut[-1] for cut in self.windows])[layer],
+                "example": example, "picture": np.asarray(self.pictures)[example],
+                "token": np.asarray(self.first_tokens, dtype=object)[example],
+                "before": self.before.double().cpu().numpy()[example],
+                "after": self.after.double().cpu().numpy().ravel(),
+                "change": self.change.double().cpu().numpy().ravel(), "right": self.right.cpu().numpy()[example],
+            }
+        )  # fmt: skip
 
     def summary(self, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """The mean change over the examples answered rightly: one row per flow and layer.
@@ -171,6 +173,7 @@ def information_flow(
     window: int = 9,
     max_new_tokens: int = 128,
     engine: str = "auto",
+    memory: Budget = None,
 ) -> InformationFlow:
     """Cut attention from one part of the prompt to another around every layer, and watch the answer's probability.
 
@@ -189,7 +192,7 @@ def information_flow(
         window: width of the window in layers, odd, 9 as published; a model of few layers needs a smaller one.
         max_new_tokens: length of the answer that is compared with `answers`, 128 as published; 1 for the embedded
             models, which learnt one token and never to stop.
-        engine: as in `vlm.run`.
+        engine, memory: as in `iv.sweep`.
 
     Returns:
         An `InformationFlow` with `.change` (flow, layer, example), `.frame()`, `.summary()` and `.plot()`.
@@ -237,7 +240,7 @@ def information_flow(
         for name in names
         for layers in around
     ]
-    sweep = vlm.sweep(listed, knockouts, first_token_probability, engine=engine)
+    sweep = vlm.sweep(listed, knockouts, first_token_probability, engine=engine, memory=memory)
     return InformationFlow(
         flows=names, window=window, windows=tuple(around), before=sweep.baseline,
         after=sweep.values.reshape(len(names), len(around), len(examples)),

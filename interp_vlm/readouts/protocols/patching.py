@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp_vlm import stats
+from interp_vlm.engine.memory import Budget
 from interp_vlm.errors import DataError, InterventionError, SelectionError
 from interp_vlm.interventions.base import Indices, indices
 from interp_vlm.interventions.patch import ActivationPatch
@@ -86,20 +87,18 @@ class PatchingEffect:
         """A tidy table: one row per place, layer, head (where heads were patched one at a time) and example."""
         import pandas as pd
 
-        rows, effect, change = [], self.effect, self.probability_change
-        for cell, where in self._cells():
-            for example, picture in enumerate(self.pictures):
-                at = (*cell, example)
-                rows.append(
-                    {
-                        **where, "example": example, "picture": picture, "difference": float(self.difference[at]),
-                        "clean_difference": float(self.clean_difference[example]),
-                        "corrupt_difference": float(self.corrupt_difference[example]),
-                        "effect": float(effect[at]), "probability": float(self.probability[at]),
-                        "probability_change": float(change[at]),
-                    }
-                )  # fmt: skip
-        return pd.DataFrame(rows)
+        place, layer, head, example = (index.ravel() for index in np.indices(self.difference.shape))
+        named = {} if self.heads is None else {"head": np.asarray(self.heads)[head]}
+        per_example = ("clean_difference", "corrupt_difference", "clean_probability", "corrupt_probability")
+        per_cell = ("difference", "effect", "probability", "probability_change")
+        return pd.DataFrame(
+            {
+                "place": np.asarray(self.places, dtype=object)[place], "layer": np.asarray(self.layers)[layer], **named,
+                "example": example, "picture": np.asarray(self.pictures)[example],
+                **{name: getattr(self, name).double().cpu().numpy()[example] for name in per_example},
+                **{name: getattr(self, name).double().cpu().numpy().ravel() for name in per_cell},
+            }
+        )  # fmt: skip
 
     def summary(self, *, level: float = 0.95, seed: int = 0) -> pd.DataFrame:
         """The effect over all examples: one row per place, layer and head.
@@ -191,6 +190,7 @@ def notice(
     layers: Indices = "all",
     heads: Indices | None = None,
     engine: str = "auto",
+    memory: Budget = None,
 ) -> PatchingEffect:
     """Put activations of the clean run into the corrupt one, a place and layer at a time: what brings the answer back?
 
@@ -209,7 +209,7 @@ def notice(
             token after the last picture by itself, counted from the end.
         layers: an int, a range, a list or "all"; one at a time.
         heads: at "z", heads to patch one at a time; by default all together.
-        engine: as in `vlm.run`.
+        engine, memory: as in `iv.sweep`.
 
     Returns:
         A `PatchingEffect` with `.effect` (place, layer, head, example), `.probability_change`, `.frame()`,
@@ -255,7 +255,7 @@ def notice(
     ]
     read = _Answers(vlm, clean, corrupt, correct, incorrect)
     column: dict[int, tuple[Tensor, Tensor]] = {}
-    for number, outcome in vlm._engine.runs(corrupt, patches, engine):
+    for number, outcome in vlm._engine.runs(corrupt, patches, engine, memory):
         column[number] = read(outcome.logits, clean=False)
     shape = (len(named), len(at_layers), -1, len(corrupt))
     difference, probability = (torch.stack([column[n][side] for n in range(len(cells))]).view(shape) for side in (0, 1))
