@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp_vlm import data, stats
+    from interp_vlm.engine.leaks import Leaks, leaks
     from interp_vlm.engine.receipts import Receipt
     from interp_vlm.engine.sweep import Sweep
     from interp_vlm.errors import (
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         SelectionError,
         StudyError,
     )
+    from interp_vlm.interop.transformer_lens.bridge import to_bridge
     from interp_vlm.interventions.ablation import Ablation
     from interp_vlm.interventions.cache import Cache
     from interp_vlm.interventions.knockout import AttentionKnockout
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from interp_vlm.probes.report import ProbeReport
     from interp_vlm.probes.sparse import stable_neurons
     from interp_vlm.probes.transfer import probe_transfer
-    from interp_vlm.readouts import store
+    from interp_vlm.readouts import protocols, store
     from interp_vlm.readouts.answers import Answer
     from interp_vlm.readouts.attribution import Attribution, attribution
     from interp_vlm.readouts.consistency import SelfConsistency, self_consistency
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "interp_vlm.engine.leaks": ("Leaks", "leaks"),
     "interp_vlm.engine.receipts": ("Receipt",),
     "interp_vlm.engine.sweep": ("Sweep",),
     "interp_vlm.errors": (
@@ -63,6 +66,7 @@ _HOME = {
         "SelectionError",
         "StudyError",
     ),
+    "interp_vlm.interop.transformer_lens.bridge": ("to_bridge",),
     "interp_vlm.interventions.ablation": ("Ablation",),
     "interp_vlm.interventions.cache": ("Cache",),
     "interp_vlm.interventions.knockout": ("AttentionKnockout",),
@@ -90,6 +94,7 @@ _HOME = {
 }
 _MODULES = {
     "data": "interp_vlm.data",
+    "protocols": "interp_vlm.readouts.protocols",
     "select": "interp_vlm.tokens.select",
     "stats": "interp_vlm.stats",
     "store": "interp_vlm.readouts.store",
@@ -112,6 +117,7 @@ __all__ = [
     "HeadContributions",
     "InterpVLMError",
     "InterventionError",
+    "Leaks",
     "LogitLens",
     "ModelError",
     "ProbeReport",
@@ -132,11 +138,13 @@ __all__ = [
     "data",
     "flipped",
     "head_contributions",
+    "leaks",
     "load",
     "logit_difference",
     "logit_lens",
     "probe_layers",
     "probe_transfer",
+    "protocols",
     "reference_mean",
     "select",
     "self_consistency",
@@ -144,6 +152,7 @@ __all__ = [
     "stats",
     "store",
     "sweep",
+    "to_bridge",
     "truth_margin",
     "vary",
     "windows",
