@@ -34,9 +34,9 @@ def name(hook: str) -> str:
 def edit(value: torch.Tensor) -> torch.Tensor:
     """Another value at some positions of every example: not a multiple of the old one, which a norm would undo."""
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)) * value.std()
-    chosen = torch.zeros(value.shape[1], dtype=torch.bool)
-    chosen[::3] = chosen[-1] = True
-    return torch.where(chosen.view(-1, *[1] * (value.dim() - 2)), noise, value)
+    chosen = torch.zeros(value.shape[:2] if value.dim() > 2 else value.shape[:1], dtype=torch.bool)
+    chosen[..., ::3] = chosen[..., -1] = True
+    return torch.where(chosen.view(*chosen.shape, *[1] * (value.dim() - chosen.dim())), noise, value)
 
 
 @every_family
@@ -78,6 +78,34 @@ def test_an_edit_does_what_the_same_edit_by_plain_hooks_does(family, site):
     found = logits(bridge(family), chosen.batch, [(name(HOOKS[site]), lambda value, hook: edit(value))])
     with reference.hooked(chosen.raw, {(site, LAYER): edit}):
         wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
+    assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
+
+
+@every_family
+def test_an_edit_of_the_vision_layer_that_the_projector_reads_counts(family):
+    chosen = setting(family)
+    read = chosen.vlm.anatomy.vision_read
+    layers = "blocks" if "encoder_layers" not in bridge(family).vision_encoder.submodules else "encoder_layers"
+    found = logits(
+        bridge(family), chosen.batch, [(f"vision_encoder.{layers}.{read}.hook_out", lambda v, hook: edit(v))]
+    )
+    # Before the hook by which Hugging Face records what the layers give.
+    handle = reference.vision_layers(chosen.raw)[read].register_forward_hook(
+        lambda module, args, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out), prepend=True
+    )
+    wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
+    handle.remove()
+    assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
+
+
+@every_family
+def test_an_edit_of_what_the_projector_gives_counts(family):
+    chosen = setting(family)
+    found = logits(bridge(family), chosen.batch, [("vision_projector.hook_out", lambda value, hook: edit(value))])
+    projector = chosen.raw.get_submodule(chosen.vlm.anatomy.projector)
+    handle = projector.register_forward_hook(lambda module, args, out: edit(out))
+    wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
+    handle.remove()
     assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
 
 
@@ -141,16 +169,24 @@ def test_an_edit_of_the_pattern_mixes_the_values_anew(family):
     assert_same_change(logits(bridge(family), chosen.batch, hooks), wanted, logits(bridge(family), chosen.batch))
 
 
-@pytest.mark.parametrize(("family", "hook"), [("qwen2_5_vl", "attn.hook_pattern"), ("llava", "hook_resid_mid")])
+@pytest.mark.parametrize(
+    ("family", "hook"),
+    [
+        ("qwen2_5_vl", "blocks.1.attn.hook_pattern"),
+        ("qwen2_5_vl", "blocks.1.attn.hook_attn_scores"),
+        ("llava", "blocks.1.hook_resid_mid"),
+        ("llava", "vision_encoder.encoder_layers.1.hook_out"),
+    ],
+)
 def test_the_comparison_would_notice_an_edit_that_is_discarded(family, hook):
-    """TransformerLens' own adapters: of Qwen2.5-VL's pattern nothing is kept, of LLaVA's stream half."""
+    """TransformerLens' own adapters: they keep half of an edit of the stream, and nothing of the others."""
     chosen = setting(family)
     model = build.__wrapped__(family, attn="eager")[0]
     theirs = build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that the edit is discarded
-        found = logits(theirs, chosen.batch, [(name(hook), lambda value, hook: value.flip(1))])
-    ours = logits(bridge(family), chosen.batch, [(name(hook), lambda value, hook: value.flip(1))])
+        found = logits(theirs, chosen.batch, [(hook, lambda value, hook: value.flip(1))])
+    ours = logits(bridge(family), chosen.batch, [(hook, lambda value, hook: value.flip(1))])
     assert (found - ours).abs().max() > 0.05
 
 

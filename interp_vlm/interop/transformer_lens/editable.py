@@ -1,9 +1,10 @@
-"""Decoder layers whose hooks take effect, for any TransformerLens adapter of a family in this library's table.
+"""Layers whose hooks take effect, for any TransformerLens adapter of a family in this library's table.
 
 TransformerLens 4.3 calls the input of the norm before the MLP `hook_resid_mid`. A hook there sees the right value, but
 what it returns reaches the MLP alone: the layer still adds the old value back as the residual. And where its adapter
 leaves attention to Hugging Face (Qwen2.5-VL, Qwen3-VL), `hook_pattern` and `hook_attn_scores` are called after the
-fact: edits are dropped with a warning.
+fact: edits are dropped with a warning. In the vision tower, LLaVA reads the states that Hugging Face recorded, and it
+records what a layer computed, not what TransformerLens' `hook_out` around that layer made of it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 from interp_vlm.models.anatomy import Anatomy, describe
 
-__all__ = ["EditableHooks", "ModelsOwnPositions"]
+__all__ = ["EditableHooks", "ModelsOwnPositions", "TowerLayer"]
 
 _MID = "resid_mid"
 
 
 class EditableHooks(ArchitectureAdapter):
-    """Mixed in before an adapter: every hook of the decoder's layers passes on what it returns.
+    """Mixed in before an adapter: the model goes on with what hooks on its layers return.
 
     The names inside a layer come from the `Anatomy` of the loaded model, so a layout that the table does not know is a
     `ModelError` and never a wrong number.
@@ -51,6 +52,11 @@ class EditableHooks(ArchitectureAdapter):
         self.components["blocks"] = self._blocks(anatomy)
         for layer in hf_model.get_submodule(anatomy.layers):
             _name_resid_mid(layer, anatomy)
+        tower = self.components["vision_encoder"].submodules
+        if "encoder_layers" in tower:
+            theirs = tower["encoder_layers"]
+            tower["encoder_layers"] = TowerLayer(theirs.name, self.cfg, theirs.submodules)
+            tower["encoder_layers"].hook_aliases = theirs.hook_aliases
 
     def _blocks(self, names: Anatomy) -> BlockBridge:
         norms = {
@@ -80,6 +86,24 @@ class EditableHooks(ArchitectureAdapter):
 
     def _norms(self, names: dict[str, str | None]) -> dict[str, GeneralizedComponent]:
         return {part: RMSNormalizationBridge(name=name, config=self.cfg) for part, name in names.items() if name}
+
+
+class TowerLayer(GeneralizedComponent):
+    """A vision layer whose `hook_out` is called before Hugging Face records the layer's output."""
+
+    is_list_item: bool = True
+    hook_aliases: ClassVar[dict[str, str | list[str]]] = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
+
+    def set_original_component(self, original_component: nn.Module) -> None:
+        super().set_original_component(original_component)
+        original_component.register_forward_hook(self._write, prepend=True)
+
+    def _write(self, layer: nn.Module, args: Any, output: Any) -> Any:
+        return (self.hook_out(output[0]), *output[1:]) if isinstance(output, tuple) else self.hook_out(output)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.original_component is not None
+        return self.original_component(self.hook_in(hidden_states), *args, **kwargs)
 
 
 class ModelsOwnPositions(TransformerBridge):

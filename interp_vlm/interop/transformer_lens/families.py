@@ -18,7 +18,7 @@ from transformer_lens.model_bridge.supported_architectures.llava_onevision impor
 from transformer_lens.model_bridge.supported_architectures.qwen2_5_vl import Qwen2_5_VLArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.qwen3_vl import Qwen3VLArchitectureAdapter
 
-from interp_vlm.interop.transformer_lens.editable import EditableHooks
+from interp_vlm.interop.transformer_lens.editable import EditableHooks, TowerLayer
 
 __all__ = [
     "Gemma3Adapter",
@@ -89,12 +89,6 @@ class SmolVLMAdapter(EditableHooks, Idefics3ArchitectureAdapter):
     """SmolVLM, which is laid out as Idefics 3."""
 
 
-class _Layers(GeneralizedComponent):
-    """A list of modules, each with a hook on its input and output."""
-
-    is_list_item: bool = True
-
-
 class InternVLAdapter(EditableHooks, LlavaArchitectureAdapter):
     """InternVL: laid out as LLaVA, with a vision tower of its own."""
 
@@ -105,6 +99,6 @@ class InternVLAdapter(EditableHooks, LlavaArchitectureAdapter):
             config=self.cfg,
             submodules={
                 "embeddings": GeneralizedComponent(name="embeddings"),
-                "encoder_layers": _Layers(name="encoder.layer"),
+                "encoder_layers": TowerLayer("encoder.layer", self.cfg),
             },
         )
