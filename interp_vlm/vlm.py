@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -149,7 +151,8 @@ class VLM:
             A cache with (batch, layer, pos, ...) per site, padded where examples select different numbers of positions.
         """
         names = [sites] if isinstance(sites, str) else list(sites)
-        return self._engine.capture(batch, names, positions, layers, _listed(interventions))
+        cache = self._engine.capture(batch, names, positions, layers, _listed(interventions))
+        return replace(cache, origin=weakref.ref(self))
 
     def generate(
         self,

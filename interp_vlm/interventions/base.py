@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
@@ -21,13 +22,16 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.cache import Cache
+from interp_vlm.interventions.cache import PLUG_IN, Cache
 from interp_vlm.sites import Site, site
 from interp_vlm.tokens import select
 from interp_vlm.tokens.select import Selector
 from interp_vlm.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
 __all__ = ["CellIntervention", "Intervention", "Place", "indices"]
@@ -182,6 +186,29 @@ class Intervention(ABC):
             InterventionError: outside a trace, or for a selector that needs evidence of an earlier run.
         """
         vlm._apply_live(self)
+
+    def as_hooks(
+        self, bridge: TransformerBridge, batch: Batch
+    ) -> list[tuple[str, Callable[..., Shaped[Tensor, "..."] | None]]]:
+        """This intervention on one batch as `fwd_hooks` for TransformerLens, see
+        `interp_vlm.interop.transformer_lens.hooks.as_hooks`.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> from interp_vlm.interop.transformer_lens import to_bridge
+            >>> vlm = iv.load("testbed:llava")
+            >>> bridge = to_bridge(vlm)
+            >>> example = iv.data.digit_scenes(n=1)[0]
+            >>> batch = vlm.encode(example.image, example.question)
+            >>> ablation = iv.Ablation("z", layers=[1], heads=[3], to="zero")
+            >>> inputs = dict(batch.inputs)
+            >>> ids = inputs.pop("input_ids")
+            >>> logits = bridge.run_with_hooks(ids, fwd_hooks=ablation.as_hooks(bridge, batch), **inputs)
+            >>> bool((logits[0, -1] - vlm.run(batch, ablation).logits[0]).abs().max() < 1e-3)
+            True
+        """
+        # By name: interventions know no plug-in, as models know no testbed.
+        return importlib.import_module(f"{PLUG_IN}.hooks").as_hooks(self, bridge, batch)
 
     def _fields(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _defaults(type(self))}

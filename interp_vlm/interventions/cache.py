@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from interp_vlm.errors import InterventionError
+from interp_vlm.errors import InterventionError, ModelError
 from interp_vlm.tokens.token_map import TokenMap
 
-__all__ = ["Cache"]
+if TYPE_CHECKING:
+    from transformer_lens import ActivationCache
+    from transformer_lens.model_bridge import TransformerBridge
+
+__all__ = ["PLUG_IN", "Cache"]
+
+PLUG_IN = "interp_vlm.interop.transformer_lens"
+"""Where the doors to TransformerLens are, imported when asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +36,7 @@ class Cache(Mapping[str, Tensor]):
         mask: (batch, pos) False for padding.
         tokens: the batch's token maps.
         model: name of the model that the activations come from.
+        origin: gives that model as long as it exists, else None; a cache does not keep it alive.
 
     Example:
         >>> import interp_vlm as iv
@@ -44,6 +54,7 @@ class Cache(Mapping[str, Tensor]):
     mask: Bool[Tensor, "batch pos"]
     tokens: tuple[TokenMap, ...]
     model: str = ""
+    origin: Callable[[], Any] = field(default=lambda: None, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -108,7 +119,48 @@ class Cache(Mapping[str, Tensor]):
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Cache:
         """The same cache with its values on another device or in another dtype."""
         values = {name: value.to(device=device, dtype=dtype or value.dtype) for name, value in self.activations.items()}
-        return Cache(values, self.layers, self.positions, self.mask, self.tokens, self.model)
+        return replace(self, activations=values)
+
+    def to_transformer_lens(self, bridge: TransformerBridge | None = None) -> ActivationCache:
+        """These activations as TransformerLens' `ActivationCache`, under its names and with its analyses.
+
+        What they need has to be captured, at every layer: `decompose_resid` "attn_out", "mlp_out" and "resid_pre";
+        `stack_head_results` "z" (and "resid_post" for its remainder); `logit_lens` and `accumulated_resid` "resid_pre"
+        and "resid_post"; the norms' scales (`apply_ln=True`, `logit_attrs`) "resid_post", or what enters the layer.
+
+        Rows stand at their positions in the padded prompts if all of them were captured, else in the order of
+        `positions`. `hook_embed` is what enters the first layer, pictures included, so that `decompose_resid` sums to
+        the stream (not in Qwen3-VL, which adds vision features between layers). Results of heads sum to what attention
+        adds (in Gemma 2 and 3 before the norm behind it). "attn_mask", "projector_out" and "vision_post" have no place
+        there and are left out.
+
+        Args:
+            bridge: the same model as a bridge; by default one is made of the model that was captured.
+
+        Raises:
+            ModelError: when that model is gone and no bridge is given, or the bridge is of another model.
+            InterventionError: when an analysis needs a site that was not captured.
+
+        Example:
+            >>> import interp_vlm as iv
+            >>> vlm = iv.load("testbed:llava")
+            >>> example = iv.data.digit_scenes(n=1)[0]
+            >>> cache = vlm.capture(vlm.encode(example.image, example.question), ["resid_pre", "attn_out", "mlp_out"])
+            >>> _, labels = cache.to_transformer_lens().decompose_resid(return_labels=True)
+            >>> labels[:3]
+            ['embed', '0_attn_out', '0_mlp_out']
+        """
+        # By name: the plug-in's room lies above this one.
+        if bridge is None:
+            vlm = self.origin()
+            if vlm is None:
+                raise ModelError(
+                    f"the cache's model {self.model!r} is not in memory any more",
+                    expected="a bridge of it",
+                    remedy="pass one: cache.to_transformer_lens(iv.to_bridge(vlm))",
+                )
+            bridge = importlib.import_module(f"{PLUG_IN}.bridge").to_bridge(vlm)
+        return importlib.import_module(f"{PLUG_IN}.cache").to_activation_cache(self, bridge)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.activations.items())
