@@ -108,7 +108,7 @@ def _check_size(config: Any, path: str, trust_remote_code: bool) -> None:
     held = sum(file.stat().st_size for file in files)
     if wanted > held / FEWEST:
         raise ModelError(
-            f"the model in folder {path} cannot be loaded: {held} bytes of weights, and {wanted} weights in config.json",
+            f"the model in folder {path} cannot be loaded: {held} bytes for the {wanted} weights of config.json",
             expected=f"at least {FEWEST} bytes a weight",
             remedy="check config.json, or download the model again",
         )
