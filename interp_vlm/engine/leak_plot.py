@@ -20,8 +20,8 @@ __all__ = ["plot_leaks"]
 
 # Okabe and Ito's colours, which most colour-blind readers can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_BLOCKED, _LANE = "#8c8c8c", "#dddddd"
-_WIDTH = 105  # characters of a line of the legend
+_BLOCKED, _LANE = "#7f7f7f", "#e9e9e9"
+_WIDTH = 140  # characters of a line of the legend
 
 
 def plot_leaks(found: Leaks, example: int) -> Figure:
@@ -43,16 +43,15 @@ def plot_leaks(found: Leaks, example: int) -> Figure:
     axes = figure.add_subplot()
     _draw_lanes(axes, graph, lanes, cuts)
     for number, (route, way) in enumerate(zip(routes, ways, strict=True)):
-        offset = 0.07 * (number - (len(routes) - 1) / 2)
+        offset = 0.4 / len(routes) * (number - (len(routes) - 1) / 2)
         _draw_route(axes, route, [lanes[group] + offset for group in way], graph.n_layers, _colour(number))
     names = [f"{'source: ' if group in source else ''}{groups[group]}" for group in lanes]
     axes.set_yticks(list(lanes.values()), [textwrap.fill(name, 34) for name in names], fontsize=8)
     axes.set_ylim(-0.6, len(lanes) - 0.4)
     _label_layers(axes, graph.n_layers)
-    left = f"{len(routes)} route{'s' if len(routes) != 1 else ''} left" if routes else "closed: no route left"
-    axes.set_title(
-        f"From {spans(found.source[example])} to the answer at {groups[end].positions[0]}: {left}", fontsize=10
-    )
+    left = f"{len(routes)} route{'s' if len(routes) > 1 else ''} left" if routes else "closed: no route left"
+    way = f"From tokens {spans(found.source[example])} to the answer at token {groups[end].positions[0]}"
+    axes.set_title(f"{way}: {left}", fontsize=10)
     _explain(figure, routes, bool(cuts))
     return figure
 
@@ -83,7 +82,7 @@ def _groups_of(route: Route, groups: Sequence[Any]) -> list[int]:
 def _draw_lanes(axes: Any, graph: RouteGraph, lanes: dict[int, int], cuts: dict[tuple[int, int], list[int]]) -> None:
     """The residual stream of each group, and crosses on the edges that are blocked."""
     for height in lanes.values():
-        axes.plot([0, graph.n_layers], [height, height], color=_LANE, linewidth=7, solid_capstyle="butt", zorder=1)
+        axes.fill_between([0, graph.n_layers], height - 0.25, height + 0.25, color=_LANE, linewidth=0, zorder=1)
     for (key, query), layers in cuts.items():
         low, high = lanes[key], lanes[query]
         for layer in layers:
@@ -105,7 +104,8 @@ def _draw_route(axes: Any, route: Route, heights: list[float], n_layers: int, co
         ys += [low, high]
         level = first + 1
     axes.plot([*xs, n_layers], [*ys, heights[-1]], color=colour, linewidth=2.0, solid_joinstyle="round", zorder=5)
-    axes.plot([xs[0]], [ys[0]], "o", color=colour, markersize=4, zorder=6)
+    # A dot where the route stops: other lanes are only passed over.
+    axes.plot(xs[::2], ys[::2], "o", color=colour, markersize=4, zorder=6)
     axes.plot([n_layers], [heights[-1]], ">", color=colour, markersize=5, zorder=6, clip_on=False)
 
 
@@ -118,7 +118,7 @@ def _label_layers(axes: Any, n_layers: int) -> None:
     axes.grid(axis="x", which="minor", color="#f0f0f0", linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.set_xlim(-0.1, n_layers + 0.25)
-    axes.set_xlabel("layer (attention moves information up or down within a column, the residual stream to the right)")
+    axes.set_xlabel("layer: attention moves information up or down, the residual stream keeps it where it is")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
 

@@ -134,7 +134,8 @@ class Leaks:
     def closing(self, edges: str = "source") -> list[AttentionKnockout]:
         """The smallest knockouts to add, so that no route is left: run them together with the interventions.
 
-        Smallest means the fewest attention edges, counted as receipts do: one for each layer, head, query and key.
+        Smallest means the fewest attention edges, counted as receipts do: one for each layer, head, query and key (but
+        not in heads whose `z` is replaced, which carry nothing).
 
         Args:
             edges: "source" removes only edges whose key is a source, so that no other token loses a reader of what is
@@ -229,7 +230,7 @@ def _sources(vlm: VLM, batch: Batch, places: Sequence[ResolvedPlace], source: An
 
 def _captured(engine: Engine, batch: Batch) -> list[Bool[Tensor, "#batch head query key"]]:
     """Each layer's mask, True where attention is allowed; layers that share one share the tensor."""
-    known = engine.known(batch)
+    known = engine.clean.known(batch)
     count = engine.anatomy.n_layers
     if known is not None and known.trunk is not None:
         return [known.trunk.keep(layer) for layer in range(count)]
@@ -288,19 +289,21 @@ class _Example:
         """In how many heads each edge is left by these interventions."""
         n_heads = self.engine.anatomy.n_heads
         keep = keep[self.row : self.row + 1] if len(keep) > 1 else keep
-        for number in acting:
-            place = self.places[number]
-            rows = place.selected[self.row : self.row + 1]
-            if isinstance(place.intervention, AttentionKnockout):
-                assert place.keys is not None
-                keep = place.intervention.block(keep, rows, place.keys[self.row : self.row + 1], n_heads)
-                continue
+        here = [self.places[number] for number in acting]
+        blocking = [place for place in here if isinstance(place.intervention, AttentionKnockout)]
+        for place in blocking:
+            assert isinstance(place.intervention, AttentionKnockout)
+            assert place.keys is not None
+            rows, keys = (cells[self.row : self.row + 1] for cells in (place.selected, place.keys))
+            keep = place.intervention.block(keep, rows, keys, n_heads)
+        # What attention hands on is replaced after it has looked, which empties no row of the mask.
+        for place in (place for place in here if place not in blocking):
             assert isinstance(place.intervention, CellIntervention)
             chosen = torch.zeros(n_heads, dtype=torch.bool, device=keep.device)
             named = place.intervention.heads
             chosen[list(indices("all" if named is None else named, n_heads, "head"))] = True
-            gone = rows[:, None, :, None] & chosen[None, :, None, None]
-            keep = keep & ~(gone if not bool(chosen.all()) else gone[:, :1])
+            gone = place.selected[self.row, None, :, None] & chosen[:, None, None]
+            keep = keep & ~(gone[:1] if bool(chosen.all()) else gone)
         counts = keep[0].sum(dim=0).to(torch.int16) * (n_heads if keep.shape[1] == 1 else 1)
         return counts.cpu().numpy()
 
