@@ -49,7 +49,8 @@ class VLM:
         name: how results call it; by default the name it was loaded by.
 
     Raises:
-        ModelError: for an architecture that is not in the table.
+        ModelError: for an architecture that is not in the table, weights on the meta device, or on several devices
+            without a device map.
 
     Example:
         >>> import interp_vlm as iv
@@ -61,6 +62,7 @@ class VLM:
     def __init__(self, model: nn.Module, processor: Any, name: str | None = None) -> None:
         self.model, self.processor = model, processor
         self.name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        loading.check_devices(model)
         self.anatomy: Anatomy = describe(model)
         self.nnsight = NNsight(model)
         self._engine = Engine(self.nnsight, self.anatomy, self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 
 import interp_vlm as iv
 from interp_vlm.cli import main
+from tests.corpus.row import Bad
 from tests.tiny import build
 
 SECONDS = 20
@@ -99,3 +101,15 @@ def one_line(code: int, out: str, err: str) -> str:
     assert lines[0].startswith("error: "), err
     assert "Traceback" not in err + out
     return lines[0]
+
+
+def refused(bad: Bad, call: Callable[[], object]) -> None:
+    """The call ends with the row's error: its type, one line of readable length, and what was found in it."""
+    with pytest.raises(bad.raises) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is bad.raises
+    assert re.search(bad.says, message), message
+    assert message.isprintable()
+    assert len(message) < 5000
+    assert caught.value.expected or caught.value.remedy, message

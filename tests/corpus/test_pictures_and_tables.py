@@ -8,7 +8,7 @@ import re
 import pytest
 
 import interp_vlm as iv
-from tests.corpus.conftest import one_line
+from tests.corpus.conftest import one_line, refused
 from tests.corpus.images import IMAGES
 from tests.corpus.tables import TABLES
 
@@ -17,18 +17,6 @@ QUESTION = "is there a cat?"
 
 def names(rows):
     return pytest.mark.parametrize("bad", rows, ids=repr)
-
-
-def refused(bad, call) -> None:
-    """The call ends with the row's error: its type, one line of readable length, and what was found in it."""
-    with pytest.raises(bad.raises) as caught:
-        call()
-    message = str(caught.value)
-    assert type(caught.value) is bad.raises
-    assert re.search(bad.says, message), message
-    assert message.isprintable()
-    assert len(message) < 5000
-    assert caught.value.expected or caught.value.remedy, message
 
 
 def as_table(picture, folder):
