@@ -207,8 +207,8 @@ class Case:
 
         model = self.another_model(attn="eager")
         model.config.architectures = [type(model).__name__]  # by this it finds its adapter
-        # Given a name on the hub it would look for the processor there and, not finding it, install torchvision and with
-        # that another torch. A folder that holds the processor keeps it from both.
+        # Given a name on the hub it would look for the processor there and, not finding it, install torchvision, and
+        # with that another torch. A folder that holds the processor keeps it from both.
         with tempfile.TemporaryDirectory() as folder:
             self.vlm.processor.save_pretrained(folder)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
