@@ -22,6 +22,7 @@ PROGRAMS = [
     "README.md",
     "docs/extending.md",
     "docs/how-the-engine-works.md",
+    "docs/protocols.md",
     "docs/reliability.md",
     "docs/transformer-lens.md",
 ]
