@@ -178,6 +178,8 @@ class VLM:
         Raises:
             InterventionError: for a right-padded batch of mixed lengths, after which generation would continue padding.
         """
+        if max_new_tokens < 1:
+            raise InterventionError(f"max_new_tokens is {max_new_tokens}", expected="at least 1")
         if batch.padding == "right" and not bool(batch.inputs["attention_mask"].all()):
             raise InterventionError(
                 "the batch is padded on the right",
@@ -200,6 +202,8 @@ class VLM:
         """Run many interventions on the same examples; see `interp_vlm.sweep`."""
         groups = tuple(tuple(_listed(item)) for item in many)
         batches = [batches] if isinstance(batches, Batch) else list(batches)
+        if not batches:
+            raise InterventionError("no batch to sweep over", expected="at least one encoded batch")
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]
         for batch in batches:
@@ -443,7 +447,9 @@ def reference_mean(
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
-    found = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    if not isinstance(interventions, Iterable):
+        interventions = [interventions]
+    found = list(interventions)
     for item in found:
         if not isinstance(item, Intervention):
             raise InterventionError(
