@@ -21,7 +21,7 @@ __all__ = ["plot_leaks"]
 # Okabe and Ito's colours, which most colour-blind readers can tell apart.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _BLOCKED, _LANE = "#7f7f7f", "#e9e9e9"
-_WIDTH = 140  # characters of a line of the legend
+_LETTERS = 13.5  # of the legend to the inch
 
 
 def plot_leaks(found: Leaks, example: int) -> Figure:
@@ -35,10 +35,11 @@ def plot_leaks(found: Leaks, example: int) -> Figure:
     end = int(graph.groups[graph.sink])
     shown = source | {end} | {group for way in ways for group in way} | {group for pair in cuts for group in pair}
     lanes = {group: height for height, group in enumerate(sorted(shown, key=lambda one: groups[one].positions[0]))}
-    lines = [line for number, route in enumerate(routes) for line in _legend(number, route)]
-    height = 1.6 + 0.75 * len(lanes) + 0.2 * max(1, len(lines))
+    width = 9.0 + min(4.0, 0.15 * max(0, graph.n_layers - 8))
+    labels = [_legend(number, route, int(_LETTERS * width)) for number, route in enumerate(routes)]
+    height = 1.2 + 0.75 * len(lanes) + 0.2 * (2 + sum(map(len, labels)))
     # Made by pyplot, so that notebooks can show it, and closed, so that they show it once.
-    figure = pyplot.figure(figsize=(9.0, height), layout="constrained")
+    figure = pyplot.figure(figsize=(width, height), layout="constrained")
     pyplot.close(figure)
     axes = figure.add_subplot()
     _draw_lanes(axes, graph, lanes, cuts)
@@ -52,7 +53,7 @@ def plot_leaks(found: Leaks, example: int) -> Figure:
     left = f"{len(routes)} route{'s' if len(routes) > 1 else ''} left" if routes else "closed: no route left"
     way = f"From tokens {spans(found.source[example])} to the answer at token {groups[end].positions[0]}"
     axes.set_title(f"{way}: {left}", fontsize=10)
-    _explain(figure, routes, bool(cuts))
+    _explain(figure, labels, any(len(own) > 1 for route in routes for own in route.layers), bool(cuts))
     return figure
 
 
@@ -96,9 +97,10 @@ def _draw_lanes(axes: Any, graph: RouteGraph, lanes: dict[int, int], cuts: dict[
 def _draw_route(axes: Any, route: Route, heights: list[float], n_layers: int, colour: str) -> None:
     """Every edge that the route can take, thinly, and the earliest way through, boldly."""
     level, xs, ys = 0, [0.0], [heights[0]]
+    faint = 0.45 if n_layers <= 8 else 0.25
     for layers, low, high in zip(route.layers, heights[:-1], heights[1:], strict=True):
         for layer in layers:
-            axes.plot([layer, layer + 1], [low, high], color=colour, linewidth=1.0, alpha=0.45, zorder=4)
+            axes.plot([layer, layer + 1], [low, high], color=colour, linewidth=1.0, alpha=faint, zorder=4)
         first = next(layer for layer in layers if layer >= level)
         xs += [first, first + 1]
         ys += [low, high]
@@ -123,17 +125,20 @@ def _label_layers(axes: Any, n_layers: int) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _legend(number: int, route: Route) -> list[str]:
-    return textwrap.wrap(f"{number + 1}. {route}", _WIDTH, subsequent_indent="   ")
+def _legend(number: int, route: Route, width: int) -> list[str]:
+    return textwrap.wrap(f"{number + 1}. {route}", width, subsequent_indent="   ")
 
 
-def _explain(figure: Any, routes: Sequence[Route], blocked: bool) -> None:
+def _explain(figure: Any, labels: Sequence[Sequence[str]], repeated: bool, blocked: bool) -> None:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], color=_colour(number), linewidth=2, label="\n".join(_legend(number, route)))
-        for number, route in enumerate(routes)
+        Line2D([], [], color=_colour(number), linewidth=2, label="\n".join(lines))
+        for number, lines in enumerate(labels)
     ]
+    if repeated:
+        thin = Line2D([], [], color="0.3", linewidth=1.0, alpha=0.45, label="thin: the same at its other layers")
+        handles.append(thin)
     if blocked:
         cross = Line2D([], [], color=_BLOCKED, linestyle=(0, (2, 2)), linewidth=0.8, marker="x", markersize=6,
                        label="blocked in every head")  # fmt: skip

@@ -88,13 +88,15 @@ class Leaks:
         return "\n".join(f"example{'s' if len(own) > 1 else ''} {spans(own)}: {text}" for text, own in texts.items())
 
     def _explained(self, example: int) -> str:
-        role = role_of(self._batch.tokens[example])
-        roles = " and ".join(dict.fromkeys(role[at] for at in self.source[example]))
-        source, routes = f"{roles} tokens {spans(self.source[example])}", self.routes[example]
+        role, places, routes = role_of(self._batch.tokens[example]), self.source[example], self.routes[example]
+        if not places:
+            return "closed: there is no source"
+        many = len(places) > 1
+        source = f"{' and '.join(dict.fromkeys(role[at] for at in places))} token{'s' if many else ''} {spans(places)}"
         if not routes:
             return f"closed: nothing of {source} reaches the answer through the decoder"
-        ways = f"{len(routes)} route{'s' if len(routes) > 1 else ''}"
-        return "\n".join([f"{source} still reach the answer by {ways}", *(f"  {route}" for route in routes)])
+        ways = f"still reach{'' if many else 'es'} the answer by {len(routes)} route{'s' if len(routes) > 1 else ''}"
+        return "\n".join([f"{source} {ways}", *(f"  {route}" for route in routes)])
 
     def frame(self) -> pd.DataFrame:
         """A tidy table: one row per example, route and step.
@@ -189,7 +191,7 @@ def leaks(
         A `Leaks` with `.routes`, `.closed`, `.explain()`, `.frame()`, `.plot()` and `.closing()`.
 
     Raises:
-        InterventionError: for interventions that a run would refuse.
+        InterventionError: for interventions that a run would refuse, or a source that selects nothing.
 
     Source:
         Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021, for paths through the residual stream;
@@ -224,6 +226,12 @@ def _sources(vlm: VLM, batch: Batch, places: Sequence[ResolvedPlace], source: An
         return torch.stack(blocked).any(dim=0).cpu()
     found = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.bool)
     for row, positions in enumerate(vlm.positions(batch, "image" if source is None else source)):
+        if len(positions) == 0:
+            raise InterventionError(
+                f"source={source!r} selects nothing in example {row}",
+                expected="positions whose information is followed",
+                remedy="name a source=" if source is None else "change the selection",
+            )
         found[row, positions.cpu()] = True
     return found
 

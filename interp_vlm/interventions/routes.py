@@ -190,10 +190,12 @@ class RouteGraph:
         within = np.isin(self.groups, groups)
         hops = np.where(self.enters & self.present & (self.groups == start), 0, _FAR)
         for layer in range(self.n_layers):
-            stay = np.where(self.stays[layer], hops[layer], _FAR)
-            move = np.where(self._edges(layer, start, around), hops[layer], _FAR).min(axis=1) + 1
-            there = np.where(self.present[layer + 1] & within, np.minimum(stay, move), _FAR)
-            hops[layer + 1] = np.minimum(hops[layer + 1], np.minimum(there, _FAR))
+            here, edges = hops[layer], self._edges(layer, start, around)
+            there = np.where(self.stays[layer], here, _FAR)
+            for steps in np.unique(here[here < _FAR])[::-1]:
+                there[edges[:, here == steps].any(axis=1) & (there > steps)] = steps + 1
+            there[~(self.present[layer + 1] & within)] = _FAR
+            hops[layer + 1] = np.minimum(hops[layer + 1], there)
         return hops
 
     def _edges(self, layer: int, start: int, around: bool) -> Bool[np.ndarray, "query key"]:
@@ -310,7 +312,9 @@ class RouteGraph:
         endless = 1 + min(int(sizes[(tails == 0) & (heads > 1)].sum()), int(sizes[(heads == 1) & (tails > 1)].sum()))
         if endless >= np.iinfo(np.int32).max:
             raise InterventionError(
-                "too many edges to find the fewest", expected=f"fewer than 2**31, not {endless}", remedy="edges='keys'"
+                f"{endless} edges to choose the fewest of",
+                expected="fewer than 2**31",
+                remedy="cut edges='source'",
             )
         inner = (tails > 1) | (heads > 1)  # what leads straight across is cut in any case
         sizes = np.where(sizes < 0, endless, np.minimum(sizes, endless))

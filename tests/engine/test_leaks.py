@@ -334,6 +334,11 @@ def test_routes_are_told_in_words():
         " -> last token 58 at layers 1-3",
     ]
     assert repr(found) == "Leaks(open; routes left by example: 4)"
+    one = vlm.leaks(batch, iv.AttentionKnockout("text", 7, layers=[0, 2, 3]), source=7)
+    assert one.explain().splitlines()[0] == "image token 7 still reaches the answer by 4 routes"
+    nobody = vlm.leaks(batch, knockout("last", iv.select.words("zebra")))
+    assert nobody.closed
+    assert nobody.explain() == "closed: there is no source"
     closed = vlm.leaks(batch, iv.AttentionKnockout("text", "image"))
     assert closed.explain() == "closed: nothing of image tokens 2-50 reaches the answer through the decoder"
     assert repr(closed) == "Leaks(closed; routes left by example: 0)"
@@ -403,7 +408,10 @@ def test_picture_shows_every_route_and_what_is_blocked():
     labels = [text.get_text() for text in axes.get_yticklabels()]
     assert labels == ["template tokens 1, 51", "source: image tokens 2-50", "question tokens 52-57", "last token 58"]
     legend = [" ".join(text.get_text().split()) for text in figure.legends[0].get_texts()]
-    assert legend == [f"{n + 1}. {route}" for n, route in enumerate(found.routes[0])] + ["blocked in every head"]
+    assert legend == [f"{n + 1}. {route}" for n, route in enumerate(found.routes[0])] + [
+        "thin: the same at its other layers",
+        "blocked in every head",
+    ]
     crosses = [line for line in axes.lines if line.get_marker() == "x"]
     assert [line.get_xdata().tolist() for line in crosses] == [[1.5, 2.5]]
     closed = vlm.leaks(batch, iv.AttentionKnockout("text", "image")).plot()
@@ -425,6 +433,8 @@ def test_what_cannot_be_closed_is_refused():
         vlm.leaks(batch, source="last").closing()
     with pytest.raises(iv.InterventionError, match="edges='all'"):
         vlm.leaks(batch, source="image").closing("all")
+    with pytest.raises(iv.InterventionError, match="selects nothing in example 0"):
+        vlm.leaks(batch, source=iv.select.words("zebra"))
     with pytest.raises(iv.InterventionError, match="no key to attend"):
         vlm.leaks(batch, iv.AttentionKnockout("last", "all"))
 
