@@ -447,7 +447,7 @@ def reference_mean(
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
-    if not isinstance(interventions, Iterable):
+    if isinstance(interventions, str) or not isinstance(interventions, Iterable):
         interventions = [interventions]
     found = list(interventions)
     for item in found:
