@@ -11,6 +11,7 @@ from interp_vlm import testbed
 from interp_vlm.interop.transformer_lens import to_bridge
 from interp_vlm.testbed.build import load
 from tests.engine import reference
+from tests.engine.settings import Setting
 from tests.interop.bridges import bridge, clean, logits, setting
 from tests.tiny import FAMILIES, build
 
@@ -46,6 +47,16 @@ def test_logits_are_hugging_faces_own_bit_for_bit(family, padding):
     wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
     assert torch.equal(logits(bridge(family), chosen.batch), wanted)
     assert not torch.equal(logits(bridge(family), chosen.corrupt), wanted)  # the pictures count
+
+
+@pytest.mark.parametrize("bits", [16, 64])
+@pytest.mark.parametrize("family", ["paligemma2", "qwen2_vl", "llava_onevision"])
+def test_logits_in_other_precisions_are_hugging_faces_own_bit_for_bit(family, bits):
+    chosen = Setting(family, "eager", bits)
+    wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
+    found = logits(to_bridge(chosen.vlm), chosen.batch)
+    assert found.dtype == chosen.dtype
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("family", testbed.NAMES)

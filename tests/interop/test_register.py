@@ -3,17 +3,24 @@
 import subprocess
 import sys
 import textwrap
+from importlib.metadata import entry_points
 
 import pytest
+import torch
 import transformer_lens.factories.architecture_adapter_factory as factory
 import transformer_lens.utilities.architectures as architectures
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.supported_architectures.llava import LlavaArchitectureAdapter
 from transformer_lens.model_bridge.supported_architectures.qwen2_5_vl import Qwen2_5_VLArchitectureAdapter
 
+import interp_vlm as iv
 from interp_vlm import testbed
 from interp_vlm.errors import ModelError
 from interp_vlm.interop.transformer_lens import families, register
 from interp_vlm.interop.transformer_lens.register import ADAPTERS, adapter_for
+from interp_vlm.testbed.build import load
+from tests.engine import reference
+from tests.interop.bridges import logits
 
 NEW = tuple(
     f"{name}ForConditionalGeneration" for name in ("InternVL", "PaliGemma", "Qwen2VL", "SmolVLM")
@@ -133,6 +140,28 @@ def test_an_adapter_of_transformer_lens_gives_way_only_when_asked(tables):
     assert register() == ()
     with pytest.raises(ModelError, match=r"no TransformerLens adapter for Moon; expected Gemma3"):
         register(replace=["Moon"])
+
+
+def test_a_model_is_booted_by_name_with_its_pictures(tables):
+    register()
+    folder = testbed.path("qwen2_vl")
+    model, processor = load(folder, attn_implementation="eager")
+    vlm = iv.VLM(model, processor)
+    scene = iv.data.digit_scenes(n=1)[0]
+    batch = vlm.encode(scene.image, scene.question)
+    booted = TransformerBridge.boot_transformers(str(folder))
+    assert type(booted.adapter) is families.Qwen2VLAdapter
+    assert torch.equal(logits(booted, batch), reference.forward(model, batch.inputs).logits)
+
+
+def test_the_entry_points_are_those_of_the_classes_that_transformer_lens_lacks(tables):
+    points = {
+        point.name: point.load()
+        for point in entry_points(group="transformer_lens.architectures")
+        if point.value.startswith("interp_vlm.")
+    }
+    assert points == {name: adapter_for(name) for name in ADAPTERS if name not in tables}
+    assert tuple(points) == NEW
 
 
 @pytest.mark.parametrize("architecture", ADAPTERS)
