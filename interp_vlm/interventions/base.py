@@ -222,9 +222,8 @@ class Intervention(ABC):
 
         Example:
             >>> import interp_vlm as iv
-            >>> from interp_vlm.interop.transformer_lens import to_bridge
             >>> vlm = iv.load("testbed:llava")
-            >>> bridge = to_bridge(vlm)
+            >>> bridge = iv.to_bridge(vlm)
             >>> example = iv.data.digit_scenes(n=1)[0]
             >>> batch = vlm.encode(example.image, example.question)
             >>> ablation = iv.Ablation("z", layers=[1], heads=[3], to="zero")

@@ -134,6 +134,9 @@ class Cache(Mapping[str, Tensor]):
         adds (in Gemma 2 and 3 before the norm behind it). "attn_mask", "projector_out" and "vision_post" have no place
         there and are left out.
 
+        `logit_attrs` wants the final norm's gain inside the head: after `bridge.enable_compatibility_mode()`, shares of
+        the parts sum to differences of logits.
+
         Args:
             bridge: the same model as a bridge; by default one is made of the model that was captured.
 
@@ -161,6 +164,11 @@ class Cache(Mapping[str, Tensor]):
                 )
             bridge = importlib.import_module(f"{PLUG_IN}.bridge").to_bridge(vlm)
         return importlib.import_module(f"{PLUG_IN}.cache").to_activation_cache(self, bridge)
+
+    def __reduce__(self) -> tuple[type[Cache], tuple[Any, ...]]:
+        # Copied or sent to another process it is values alone: the model is not there.
+        values = self.activations, self.layers, self.positions, self.mask, self.tokens, self.model
+        return type(self), values
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in self.activations.items())

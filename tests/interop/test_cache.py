@@ -2,12 +2,14 @@
 
 import functools
 import gc
+import pickle
 
 import pytest
 import torch
 
 import interp_vlm as iv
 from interp_vlm.interop.transformer_lens import to_bridge
+from interp_vlm.readouts.lens import unembed
 from tests.engine.settings import pictures
 from tests.interop.bridges import bridge, setting
 from tests.tiny import FAMILIES, build
@@ -109,17 +111,17 @@ def test_the_logit_lens_is_this_librarys(family):
     assert_close(found.values[-1][torch.arange(len(batch)), batch.last], own.run(batch).logits)
 
 
-def test_logits_are_attributed_to_parts():
-    ours, own = converted("qwen2_vl"), setting("qwen2_vl")
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "paligemma2"])
+def test_shares_of_the_parts_sum_to_differences_of_logits(family):
+    own, right, wrong = setting(family), torch.tensor([5, 6, 7]), torch.tensor([9, 10, 11])
+    folded = to_bridge(own.vlm)
+    folded.enable_compatibility_mode()  # the gain of the final norm goes into the head
+    ours = captured(family).to_transformer_lens(folded)
     parts = ours.decompose_resid(pos_slice=-1)
-    shares = ours.logit_attrs(parts, tokens=torch.tensor([5, 6, 7]), pos_slice=-1)
-    logits = own.vlm.run(own.batch).logits[torch.arange(3), torch.tensor([5, 6, 7])]
-    gain = own.vlm.model.get_submodule(own.vlm.anatomy.final_norm).weight
-    head = own.vlm.model.get_submodule(own.vlm.anatomy.head).weight[torch.tensor([5, 6, 7])]
-    scale = ours["ln_final.hook_scale"][:, -1]
-    # The gain of the final norm stands between the stream and the head; TransformerLens leaves it to folded weights.
-    assert_close((ours["resid_post", -1][:, -1] / scale * gain * head).sum(-1), logits)
-    assert_close(shares.sum(0), (ours["resid_post", -1][:, -1] / scale * head).sum(-1))
+    shares = ours.logit_attrs(parts, tokens=right, incorrect_tokens=wrong, pos_slice=-1).detach()
+    logits = unembed(own.vlm, ours["resid_post", -1][:, -1], softcap=False)
+    difference = logits.gather(1, right[:, None]) - logits.gather(1, wrong[:, None])
+    assert_close(shares.sum(0), difference[:, 0])
 
 
 def test_edited_runs_are_told_apart():
@@ -180,6 +182,15 @@ def test_a_cache_finds_its_model_while_that_exists():
     gc.collect()
     with pytest.raises(iv.ModelError, match=r"not in memory any more; expected a bridge .*iv\.to_bridge\(vlm\)"):
         cache.to_transformer_lens()
+
+
+def test_a_cache_is_sent_as_values():
+    cache = captured("llava")
+    again = pickle.loads(pickle.dumps(cache))
+    assert iv.ActivationPatch("z", 1, "last", source=again) == iv.ActivationPatch("z", 1, "last", source=cache)
+    with pytest.raises(iv.ModelError, match="not in memory any more"):
+        again.to_transformer_lens()
+    assert torch.equal(again.to_transformer_lens(bridge("llava"))["z", 1], converted("llava")["z", 1])
 
 
 def test_a_bridge_of_another_model_is_refused():

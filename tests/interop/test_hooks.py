@@ -134,11 +134,26 @@ def test_nothing_stays_behind():
     assert not torch.equal(first, before)
 
 
+def booted(family: str, **options):
+    """A bridge with TransformerLens' own adapter."""
+    model = build.__wrapped__(family)[0]
+    name = type(model).__name__
+    return build_bridge_from_module(model, name, hf_config=model.config, dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+@pytest.mark.parametrize("site", ["resid_mid", "vision_post"])
+def test_edits_that_transformer_lens_own_adapters_drop_count_here(family, site):
+    own, theirs = setting(family), booted(family)
+    layer = own.vlm.anatomy.vision_read if site == "vision_post" else 1
+    each = iv.Ablation(site, layer, to="mean")
+    wanted = own.vlm.run(own.batch, each, engine="full").logits
+    assert distance(answered(theirs, own.batch, [each.as_hooks(theirs, own.batch)]), wanted) < TOLERANCE
+    assert distance(clean(family), wanted) > VISIBLE
+
+
 def test_a_knockout_that_the_bridge_would_ignore_is_refused():
-    model = build.__wrapped__("qwen2_5_vl")[0]
-    model.config.architectures = [type(model).__name__]
-    theirs = build_bridge_from_module(model, type(model).__name__, hf_config=model.config, dtype=torch.float32)
-    batch = setting("qwen2_5_vl").batch
+    theirs, batch = booted("qwen2_5_vl"), setting("qwen2_5_vl").batch
     hooks = KNOCKOUTS["every layer"].as_hooks(theirs, batch)
     with pytest.raises(iv.InterventionError, match=r"leaves 0\.\d+ attention on its edges in layer 0.*iv.to_bridge"):
         logits(theirs, batch, hooks)
@@ -146,13 +161,7 @@ def test_a_knockout_that_the_bridge_would_ignore_is_refused():
 
 def test_a_site_without_a_hook_is_refused():
     own = setting("llava")
-    blind = build_bridge_from_module(
-        build.__wrapped__("llava")[0],
-        own.vlm.anatomy.architecture,
-        hf_config=own.vlm.model.config,
-        dtype=torch.float32,
-        post_adapter_hook=lambda adapter: adapter.components.pop("vision_encoder"),
-    )
+    blind = booted("llava", post_adapter_hook=lambda adapter: adapter.components.pop("vision_encoder"))
     with pytest.raises(iv.InterventionError, match=r"no hook for site 'vision_post' of LlavaFor.*edit 'projector_out'"):
         iv.Ablation("vision_post", 0, to="zero").as_hooks(blind, own.batch)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from interp_vlm.errors import InterventionError, ModelError
 from interp_vlm.interop.transformer_lens.hooks import HOOKS
 from interp_vlm.interventions.cache import Cache
+from interp_vlm.sites import SITES
 
 if TYPE_CHECKING:
     from transformer_lens import ActivationCache
@@ -80,7 +81,7 @@ class _Captured(dict[str, Tensor]):
 
 def _refuse_other_model(cache: Cache, sites: list[str], bridge: Any) -> None:
     deepest = max((layer for site in sites for layer in cache.layers[site]), default=0)
-    widths = {cache[site].shape[-1] for site in sites if HOOKS[site].rpartition("_")[0].endswith("hook_resid")}
+    widths = {cache[site].shape[-1] for site in sites if SITES[site].axes == ("pos", "d")}
     if deepest >= bridge.cfg.n_layers or widths - {bridge.cfg.d_model}:
         raise ModelError(
             f"the cache holds layer {deepest} and widths {sorted(widths)} of {cache.model!r}",

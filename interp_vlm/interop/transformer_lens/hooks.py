@@ -65,8 +65,9 @@ def as_hooks(intervention: Intervention, bridge: TransformerBridge, batch: Batch
         batch: the encoded examples that will be run.
 
     Returns:
-        (name, function) pairs. The functions raise when another batch is run, when the intervention cannot have an
-        effect, and when TransformerLens computes this model's attention elsewhere, so that a knockout would be ignored.
+        (name, function) pairs, for this batch alone. The functions raise when a batch of another shape is run, when the
+        intervention cannot have an effect, and when a knockout would be ignored, because the bridge leaves attention to
+        Hugging Face.
 
     Raises:
         ModelError: for something that is no bridge, or one in compatibility mode.
@@ -74,12 +75,11 @@ def as_hooks(intervention: Intervention, bridge: TransformerBridge, batch: Batch
 
     Example:
         >>> import interp_vlm as iv
-        >>> from interp_vlm.interop.transformer_lens.bridge import to_bridge
         >>> vlm = iv.load("testbed:llava")
         >>> example = iv.data.digit_scenes(n=1)[0]
         >>> batch = vlm.encode(example.image, example.question)
         >>> knockout = iv.AttentionKnockout(queries="last", keys="image", layers=[2])
-        >>> [name for name, _ in as_hooks(knockout, to_bridge(vlm), batch)]
+        >>> [name for name, _ in as_hooks(knockout, iv.to_bridge(vlm), batch)]
         ['blocks.2.attn.hook_attn_scores', 'blocks.2.attn.hook_pattern']
     """
     anatomy = _anatomy(bridge)
