@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import interp_vlm as iv
-from interp_vlm.readouts import protocols
 
 MODELS = ("testbed:llava", "testbed:paligemma", "testbed:qwen2_vl")
 QUESTIONS, PAIRS, BATCH = 120, 150, 40
 
 
-def flow(vlm: iv.VLM) -> protocols.InformationFlow:
+def flow(vlm: iv.VLM) -> iv.protocols.InformationFlow:
     """Colour and digit questions, each with the box of the digit that it asks about; windows of one layer of four."""
     scenes = iv.data.digit_scenes(n=QUESTIONS, kinds=["colour", "digit"], questions_per_image=2)
-    return protocols.information_flow(
+    return iv.protocols.information_flow(
         vlm, [encoded(vlm, scenes[start : start + BATCH]) for start in range(0, QUESTIONS, BATCH)],
         answers=[scene.answer for scene in scenes],
         objects=[[scene.meta["objects"][number]["box"] for number in scene.meta["asked"]] for scene in scenes],
@@ -27,10 +26,10 @@ def flow(vlm: iv.VLM) -> protocols.InformationFlow:
     )  # fmt: skip
 
 
-def effect(vlm: iv.VLM) -> protocols.PatchingEffect:
+def effect(vlm: iv.VLM) -> iv.protocols.PatchingEffect:
     """Pictures in which the digit asked for is another one."""
     pairs = [pair for pair in iv.data.digit_pairs(n=PAIRS) if pair.clean.kind == "digit"]
-    return protocols.notice(
+    return iv.protocols.notice(
         vlm, encoded(vlm, [pair.clean for pair in pairs]), encoded(vlm, [pair.corrupt for pair in pairs]),
         [pair.clean.answer for pair in pairs], [pair.corrupt.answer for pair in pairs], site="attn_out",
     )  # fmt: skip

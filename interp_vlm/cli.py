@@ -48,17 +48,19 @@ def inspect(
 
     Example: interp-vlm inspect testbed:llava --image scene.png --question "is there a red 7 ?"
     """
+    import io
     from dataclasses import asdict
 
     from rich.console import Console
     from rich.table import Table
 
     from interp_vlm.sites import SITES
+    from interp_vlm.study.folder import write_bytes
     from interp_vlm.vlm import load
 
     if out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise StudyError(
-            f"--out {out}", expected="a .png, .svg or .pdf file", remedy=f"use --out {out.with_suffix('.png')}"
+            f"--out {out}", expected="a .png, .svg or .pdf file", remedy=f"use --out {out.stem or 'tokens'}.png"
         )
     vlm = load(model)
     tokens = vlm.encode(image, question).tokens[0]
@@ -75,10 +77,9 @@ def inspect(
         roles.add_row(*row)
     for table in (facts, sites, roles):
         console.print(table, highlight=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(f".{out.stem}.part{out.suffix}")
-    tokens.plot().savefig(unfinished, dpi=150)
-    unfinished.replace(out)
+    drawn = io.BytesIO()
+    tokens.plot().savefig(drawn, dpi=150, format=out.suffix.lower().removeprefix("."))
+    write_bytes(out, drawn.getvalue())
     console.print(f"patch grid: {out}", highlight=False)
 
 
@@ -121,6 +122,10 @@ def main() -> None:
         status = app(standalone_mode=False)
     except InterpVLMError as error:
         _refuse(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except OSError as error:
+        _refuse(f"{error.filename or 'the output'} cannot be read or written ({error.strerror or error})")
     except Exception as error:
         # A mistyped command or option: typer's own errors say in words what they expected.
         if not hasattr(error, "format_message"):

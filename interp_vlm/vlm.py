@@ -49,7 +49,8 @@ class VLM:
         name: how results call it; by default the name it was loaded by.
 
     Raises:
-        ModelError: for an architecture that is not in the table.
+        ModelError: for an architecture that is not in the table, weights on the meta device, or on several devices
+            without a device map.
 
     Example:
         >>> import interp_vlm as iv
@@ -61,6 +62,7 @@ class VLM:
     def __init__(self, model: nn.Module, processor: Any, name: str | None = None) -> None:
         self.model, self.processor = model, processor
         self.name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+        loading.check_devices(model)
         self.anatomy: Anatomy = describe(model)
         self.nnsight = Wrapped(model)
         self._engine = Engine(self.nnsight, self.anatomy, self.name)
@@ -177,6 +179,8 @@ class VLM:
         Raises:
             InterventionError: for a right-padded batch of mixed lengths, after which generation would continue padding.
         """
+        if max_new_tokens < 1:
+            raise InterventionError(f"max_new_tokens is {max_new_tokens}", expected="at least 1")
         if batch.padding == "right" and not bool(batch.inputs["attention_mask"].all()):
             raise InterventionError(
                 "the batch is padded on the right",
@@ -199,6 +203,8 @@ class VLM:
         """Run many interventions on the same examples; see `interp_vlm.sweep`."""
         groups = tuple(tuple(_listed(item)) for item in many)
         batches = [batches] if isinstance(batches, Batch) else list(batches)
+        if not batches:
+            raise InterventionError("no batch to sweep over", expected="at least one encoded batch")
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]
         for batch in batches:
@@ -442,7 +448,9 @@ def reference_mean(
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
-    found = [interventions] if isinstance(interventions, Intervention) else list(interventions)
+    if not isinstance(interventions, Iterable):
+        interventions = [interventions]
+    found = list(interventions)
     for item in found:
         if not isinstance(item, Intervention):
             raise InterventionError(

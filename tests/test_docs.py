@@ -18,7 +18,14 @@ from interp_vlm.study.verdict import region_text
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Blocks that need the published weights are shown, not run (docs/published-models.md says so).
-PROGRAMS = ["README.md", "docs/extending.md", "docs/how-the-engine-works.md", "docs/reliability.md"]
+PROGRAMS = [
+    "README.md",
+    "docs/extending.md",
+    "docs/how-the-engine-works.md",
+    "docs/protocols.md",
+    "docs/reliability.md",
+    "docs/transformer-lens.md",
+]
 
 
 def blocks(page: str, language: str = "python") -> list[str]:

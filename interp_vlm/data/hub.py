@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,6 +118,9 @@ def _load(source: str, split: str | None, name: str | None, revision: str | None
     path = local_path(source)
     if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise DataError(f"{source} does not exist", expected="a file, a folder, or an id on the hub")
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what it would say before it fails is said by the error below
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             data = datasets.load_from_disk(path)
@@ -138,6 +142,8 @@ def _load(source: str, split: str | None, name: str | None, revision: str | None
             expected="an id on the hub or a data set on disk",
             remedy="without a network, download it elsewhere, save_to_disk, and give that folder",
         ) from error
+    finally:
+        logger.setLevel(level)
     if isinstance(data, datasets.DatasetDict):
         return data[_choose(source, [str(key) for key in data], split)]
     if isinstance(data, datasets.Dataset):

@@ -135,7 +135,8 @@ def _opened(source: Path | bytes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        # opened here, as Pillow leaves a file open whose first bytes it cannot read
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file, Image.open(file) as image:
             yield image
 
 

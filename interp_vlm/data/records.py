@@ -283,8 +283,8 @@ def _parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        # the file's own folders say nothing about its rows
-        table = pyarrow.parquet.read_table(path, partitioning=None)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
         names = table.column_names
         if len(set(names)) < len(names):
             raise DataError(f"{path} names a column twice ({', '.join(names)})", expected="distinct columns")

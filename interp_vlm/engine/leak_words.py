@@ -160,13 +160,11 @@ class _Step:
     @property
     def backward(self) -> tuple[str, ...]:
         """Whether a query reads a later position."""
-        graph = self.graph
-        for layer in self.layers:
-            for query, key in zip(*np.nonzero(graph.open(layer)), strict=True):
-                taking_part = self.queries[query] and self.keys[key]
-                if taking_part and graph.members[key].max() > graph.members[query].min():
-                    return (_BACK,)
-        return ()
+        last_key = np.array([own[-1] for own in self.graph.members])[self.keys]
+        first_query = np.array([own[0] for own in self.graph.members])[self.queries]
+        earlier = last_key[None] > first_query[:, None]
+        back = any(bool((earlier & (self._counts(layer)[0] > 0)).any()) for layer in self.layers)
+        return (_BACK,) if back else ()
 
     def by_window(self) -> dict[str, tuple[int, ...]]:
         """The layers by where they lie to those in which edges of this step are blocked."""

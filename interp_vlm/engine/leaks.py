@@ -88,13 +88,15 @@ class Leaks:
         return "\n".join(f"example{'s' if len(own) > 1 else ''} {spans(own)}: {text}" for text, own in texts.items())
 
     def _explained(self, example: int) -> str:
-        role = role_of(self._batch.tokens[example])
-        roles = " and ".join(dict.fromkeys(role[at] for at in self.source[example]))
-        source, routes = f"{roles} tokens {spans(self.source[example])}", self.routes[example]
+        role, places, routes = role_of(self._batch.tokens[example]), self.source[example], self.routes[example]
+        if not places:
+            return "closed: there is no source"
+        many = len(places) > 1
+        source = f"{' and '.join(dict.fromkeys(role[at] for at in places))} token{'s' if many else ''} {spans(places)}"
         if not routes:
             return f"closed: nothing of {source} reaches the answer through the decoder"
-        ways = f"{len(routes)} route{'s' if len(routes) > 1 else ''}"
-        return "\n".join([f"{source} still reach the answer by {ways}", *(f"  {route}" for route in routes)])
+        ways = f"still reach{'' if many else 'es'} the answer by {len(routes)} route{'s' if len(routes) > 1 else ''}"
+        return "\n".join([f"{source} {ways}", *(f"  {route}" for route in routes)])
 
     def frame(self) -> pd.DataFrame:
         """A tidy table: one row per example, route and step.
@@ -134,7 +136,8 @@ class Leaks:
     def closing(self, edges: str = "source") -> list[AttentionKnockout]:
         """The smallest knockouts to add, so that no route is left: run them together with the interventions.
 
-        Smallest means the fewest attention edges, counted as receipts do: one for each layer, head, query and key.
+        Smallest means the fewest attention edges, counted as receipts do: one for each layer, head, query and key (but
+        not in heads whose `z` is replaced, which carry nothing).
 
         Args:
             edges: "source" removes only edges whose key is a source, so that no other token loses a reader of what is
@@ -188,7 +191,7 @@ def leaks(
         A `Leaks` with `.routes`, `.closed`, `.explain()`, `.frame()`, `.plot()` and `.closing()`.
 
     Raises:
-        InterventionError: for interventions that a run would refuse.
+        InterventionError: for interventions that a run would refuse, or a source that selects nothing.
 
     Source:
         Elhage et al., "A Mathematical Framework for Transformer Circuits", 2021, for paths through the residual stream;
@@ -223,13 +226,19 @@ def _sources(vlm: VLM, batch: Batch, places: Sequence[ResolvedPlace], source: An
         return torch.stack(blocked).any(dim=0).cpu()
     found = torch.zeros(batch.inputs["input_ids"].shape, dtype=torch.bool)
     for row, positions in enumerate(vlm.positions(batch, "image" if source is None else source)):
+        if len(positions) == 0:
+            raise InterventionError(
+                f"source={source!r} selects nothing in example {row}",
+                expected="positions whose information is followed",
+                remedy="name a source=" if source is None else "change the selection",
+            )
         found[row, positions.cpu()] = True
     return found
 
 
 def _captured(engine: Engine, batch: Batch) -> list[Bool[Tensor, "#batch head query key"]]:
     """Each layer's mask, True where attention is allowed; layers that share one share the tensor."""
-    known = engine.known(batch)
+    known = engine.clean.known(batch)
     count = engine.anatomy.n_layers
     if known is not None and known.trunk is not None:
         return [known.trunk.keep(layer) for layer in range(count)]
@@ -288,19 +297,21 @@ class _Example:
         """In how many heads each edge is left by these interventions."""
         n_heads = self.engine.anatomy.n_heads
         keep = keep[self.row : self.row + 1] if len(keep) > 1 else keep
-        for number in acting:
-            place = self.places[number]
-            rows = place.selected[self.row : self.row + 1]
-            if isinstance(place.intervention, AttentionKnockout):
-                assert place.keys is not None
-                keep = place.intervention.block(keep, rows, place.keys[self.row : self.row + 1], n_heads)
-                continue
+        here = [self.places[number] for number in acting]
+        blocking = [place for place in here if isinstance(place.intervention, AttentionKnockout)]
+        for place in blocking:
+            assert isinstance(place.intervention, AttentionKnockout)
+            assert place.keys is not None
+            rows, keys = (cells[self.row : self.row + 1] for cells in (place.selected, place.keys))
+            keep = place.intervention.block(keep, rows, keys, n_heads)
+        # What attention hands on is replaced after it has looked, which empties no row of the mask.
+        for place in (place for place in here if place not in blocking):
             assert isinstance(place.intervention, CellIntervention)
             chosen = torch.zeros(n_heads, dtype=torch.bool, device=keep.device)
             named = place.intervention.heads
             chosen[list(indices("all" if named is None else named, n_heads, "head"))] = True
-            gone = rows[:, None, :, None] & chosen[None, :, None, None]
-            keep = keep & ~(gone if not bool(chosen.all()) else gone[:, :1])
+            gone = place.selected[self.row, None, :, None] & chosen[:, None, None]
+            keep = keep & ~(gone[:1] if bool(chosen.all()) else gone)
         counts = keep[0].sum(dim=0).to(torch.int16) * (n_heads if keep.shape[1] == 1 else 1)
         return counts.cpu().numpy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import CellIntervention, Indices, Place, indices
+from interp_vlm.interventions.base import CellIntervention, Indices, Place, indices, real_numbers
 
 __all__ = ["Ablation"]
 
@@ -62,6 +63,10 @@ class Ablation(CellIntervention):
         value = torch.as_tensor(to) if isinstance(to, int | float) else to
         if not isinstance(value, Tensor) and value not in _WORDS:
             raise InterventionError(f"to={to!r}", expected="'zero', 'mean', 'resample' or a tensor")
+        if isinstance(value, Tensor):
+            real_numbers(value, "to=")
+        if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
+            raise InterventionError(f"seed={seed!r}", expected="a whole number from 0")
         object.__setattr__(self, "to", value)
         object.__setattr__(self, "seed", seed)
         super().__init__(site, layers, positions, heads, units, **common)

@@ -123,6 +123,33 @@ def kept(spec: Any) -> Any:
     return list(spec.tolist() if hasattr(spec, "tolist") else spec)  # type: ignore[attr-defined]
 
 
+def real_numbers(value: Tensor, what: str) -> None:
+    """Refuse a tensor that would spoil every activation it touches.
+
+    Args:
+        value: about to be written or added to activations.
+        what: how the intervention calls it, for the error ("direction").
+
+    Raises:
+        InterventionError: complex or sparse values, NaN or infinity, or a tensor on the meta device.
+
+    Example:
+        >>> real_numbers(torch.tensor([1.0, float("nan")]), "direction")
+        Traceback (most recent call last):
+        ...
+        interp_vlm.errors.InterventionError: direction holds 1 NaN or infinite value of 2; expected finite numbers
+    """
+    if value.is_complex() or value.is_meta or value.layout != torch.strided:
+        kind = "complex" if value.is_complex() else "on the meta device" if value.is_meta else "sparse"
+        raise InterventionError(f"{what} is {kind}", expected="a dense tensor of real numbers")
+    odd = int((~value.isfinite()).sum())
+    if odd:
+        values = "value" if odd == 1 else "values"
+        raise InterventionError(
+            f"{what} holds {odd} NaN or infinite {values} of {value.numel()}", expected="finite numbers"
+        )
+
+
 def fingerprint(value: Any) -> Any:
     """A hashable stand-in for a field, so that interventions that hold tensors still compare as values."""
     if isinstance(value, Tensor):

@@ -157,73 +157,66 @@ class RouteGraph:
         """The surviving routes: for each source group the direct one, and the shortest through each smallest set of
         other groups that suffices."""
         on_way = (self.reached & self.leading).any(axis=0)
-        alive = sorted(set(self.groups[on_way]))
         end = int(self.groups[self.sink])
         found = []
-        for start in sorted(set(self.groups[self.enters.any(axis=0) & on_way])):
-            others = [group for group in alive if group not in (start, end)]
-            found += [path for between in self._stops(start, end, others) if (path := self._through(start, between))]
+        for start in np.unique(self.groups[self.enters.any(axis=0) & on_way]).tolist():
+            others = [group for group in np.unique(self.groups[on_way]).tolist() if group not in (start, end)]
+            direct = self._suffices((start, end), start)
+            if direct:
+                found.append(self._shortest((start, end), start))
+            if start != end or not direct:  # else the answer position is a source: there is nothing to pass through
+                found += [self._shortest((start, *stops, end), start, direct)
+                          for stops in self._stops(start, end, others, direct)]  # fmt: skip
         return found
 
-    def _stops(self, start: int, end: int, others: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        """The smallest sets of groups that suffice to pass information on, none first if that suffices."""
+    def _stops(self, start: int, end: int, others: Sequence[int], direct: bool) -> Iterator[tuple[int, ...]]:
+        """The smallest sets of groups that suffice to pass information on; where it can go straight, it must not."""
         enough: list[set[int]] = []
-        direct = self._suffices((start, end), start)
-        if direct:
-            yield ()
-        if direct and start == end:  # the answer position is a source: there is nothing to pass through
-            return
         for size in range(1, len(others) + 1):
             if size > _LONGEST and (enough or direct):
                 return
-            for between in itertools.combinations(others, size):
-                if any(known <= set(between) for known in enough):
+            for stops in itertools.combinations(others, size):
+                if any(known <= set(stops) for known in enough):
                     continue
-                if self._passes(start, end, between):
-                    enough.append(set(between))
-                    yield between
+                if self._suffices((start, *stops, end), start, direct):
+                    enough.append(set(stops))
+                    yield stops
 
-    def _suffices(self, groups: Sequence[int], start: int) -> bool:
-        return bool(self._fewest(groups, start)[-1, self.sink] < _FAR)
+    def _suffices(self, groups: Sequence[int], start: int, around: bool = False) -> bool:
+        return bool(self._fewest(groups, start, around)[-1, self.sink] < _FAR)
 
-    def _passes(self, start: int, end: int, between: tuple[int, ...]) -> bool:
-        """Whether information gets through these groups when the source itself is not read by the answer position."""
-        return bool(self._fewest((start, *between, end), start, indirect=end)[-1, self.sink] < _FAR)
-
-    def _fewest(self, groups: Sequence[int], start: int, indirect: int | None = None) -> Int[np.ndarray, "level cls"]:
-        """The fewest hops from the source group to each node, within groups."""
+    def _fewest(self, groups: Sequence[int], start: int, around: bool) -> Int[np.ndarray, "level cls"]:
+        """The fewest hops from the source group to each node within groups; around: not straight to the answer."""
         within = np.isin(self.groups, groups)
-        entering = self.enters & self.present & (self.groups == start)
-        hops = np.where(entering, 0, _FAR)
+        hops = np.where(self.enters & self.present & (self.groups == start), 0, _FAR)
         for layer in range(self.n_layers):
-            edges = self._hop(layer, start, indirect)
-            stay = np.where(self.stays[layer], hops[layer], _FAR)
-            move = np.where(edges, hops[layer], _FAR).min(axis=1) + 1
-            there = np.where(self.present[layer + 1] & within, np.minimum(stay, move), _FAR)
-            hops[layer + 1] = np.minimum(hops[layer + 1], np.minimum(there, _FAR))
+            here, edges = hops[layer], self._edges(layer, start, around)
+            there = np.where(self.stays[layer], here, _FAR)
+            for steps in np.unique(here[here < _FAR])[::-1]:
+                there[edges[:, here == steps].any(axis=1) & (there > steps)] = steps + 1
+            there[~(self.present[layer + 1] & within)] = _FAR
+            hops[layer + 1] = np.minimum(hops[layer + 1], there)
         return hops
 
-    def _hop(self, layer: int, start: int, indirect: int | None) -> Bool[np.ndarray, "query key"]:
-        edges = self.open(layer)
-        if indirect is None:
-            return edges
-        direct = (self.groups == indirect)[:, None] & (self.groups == start)[None]
-        return edges & ~direct
+    def _edges(self, layer: int, start: int, around: bool) -> Bool[np.ndarray, "query key"]:
+        if not around:
+            return self.open(layer)
+        straight = (self.groups == self.groups[self.sink])[:, None] & (self.groups == start)[None]
+        return self.open(layer) & ~straight
 
-    def _through(self, start: int, between: tuple[int, ...]) -> Path | None:
-        end = int(self.groups[self.sink])
-        indirect = end if between else None
-        hops = self._fewest((start, *between, end), start, indirect)
+    def _shortest(self, groups: Sequence[int], start: int, around: bool = False) -> Path:
+        """The path with the fewest hops within groups, walked back from the answer."""
+        hops = self._fewest(groups, start, around)
         level, here, passed = self.n_layers, self.sink, [self.sink]
-        while not (hops[level, here] == 0 and (self.enters & self.present)[level, here]):
+        while hops[level, here] > 0 or not (self.enters & self.present)[level, here]:
             level -= 1
             if self.stays[level, here] and hops[level, here] == hops[level + 1, here]:
                 continue
-            edges = self._hop(level, start, indirect)[here]
+            edges = self._edges(level, start, around)[here]
             here = int(np.flatnonzero(edges & (hops[level] + 1 == hops[level + 1, here]))[0])
             passed.append(here)
-        groups = tuple(int(self.groups[each]) for each in reversed(passed))
-        return Path(groups, tuple(self._hops(groups)))
+        order = tuple(int(self.groups[each]) for each in reversed(passed))
+        return Path(order, tuple(self._hops(order)))
 
     def _hops(self, groups: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], np.ndarray, np.ndarray]]:
         """Every layer and class by which information can take these groups in this order."""
@@ -319,7 +312,9 @@ class RouteGraph:
         endless = 1 + min(int(sizes[(tails == 0) & (heads > 1)].sum()), int(sizes[(heads == 1) & (tails > 1)].sum()))
         if endless >= np.iinfo(np.int32).max:
             raise InterventionError(
-                "too many edges to find the fewest", expected=f"fewer than 2**31, not {endless}", remedy="edges='keys'"
+                f"{endless} edges to choose the fewest of",
+                expected="fewer than 2**31",
+                remedy="cut edges='source'",
             )
         inner = (tails > 1) | (heads > 1)  # what leads straight across is cut in any case
         sizes = np.where(sizes < 0, endless, np.minimum(sizes, endless))

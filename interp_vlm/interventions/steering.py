@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import CellIntervention, Indices, Place
+from interp_vlm.interventions.base import CellIntervention, Indices, Place, real_numbers
 
 __all__ = ["Steering"]
 
@@ -53,6 +55,9 @@ class Steering(CellIntervention):
             raise InterventionError(
                 f"direction is a {type(direction).__name__}", expected="a tensor", remedy="use torch.as_tensor"
             )
+        real_numbers(direction, "direction")
+        if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
+            raise InterventionError(f"scale={scale!r}", expected="a finite number")
         object.__setattr__(self, "direction", direction)
         object.__setattr__(self, "scale", scale)
         super().__init__(site, layers, positions, heads, units, **common)

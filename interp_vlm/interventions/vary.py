@@ -25,7 +25,7 @@ def vary(intervention: AnyIntervention, **fields: Iterable[Any]) -> list[AnyInte
         fields: for each field to vary, its values; the last field varies fastest.
 
     Raises:
-        InterventionError: for a field that the intervention does not have.
+        InterventionError: for a field that the intervention does not have, or one value where a list is wanted.
 
     Example:
         >>> from interp_vlm.interventions.knockout import AttentionKnockout
@@ -37,6 +37,10 @@ def vary(intervention: AnyIntervention, **fields: Iterable[Any]) -> list[AnyInte
         if name not in known:
             raise InterventionError(
                 f"{type(intervention).__name__} has no field {name!r}", expected="one of " + ", ".join(known)
+            )
+        if isinstance(fields[name], str) or not isinstance(fields[name], Iterable):
+            raise InterventionError(
+                f"{name}={fields[name]!r} is one value", expected="a list of the values to try", remedy="put it into []"
             )
     base = intervention._fields()
     return [
@@ -63,7 +67,7 @@ def windows(model: VLM | int, size: int) -> list[range]:
         [range(0, 2), range(0, 3), range(1, 4), range(2, 4)]
     """
     count = model if isinstance(model, int) else model.anatomy.n_layers
-    if size < 1:
-        raise InterventionError(f"a window of {size} layers", expected="a size of 1 or more")
+    if not isinstance(size, int) or size < 1:
+        raise InterventionError(f"a window of {size!r} layers", expected="a whole number from 1")
     before = (size - 1) // 2
     return [range(max(0, layer - before), min(count, layer - before + size)) for layer in range(count)]

@@ -17,7 +17,7 @@ from interp_vlm.models.registry import family_for
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["SCHEMES", "load", "resolve"]
+__all__ = ["SCHEMES", "check_devices", "load", "resolve"]
 
 SCHEMES = {"testbed": "interp_vlm.testbed"}
 """Modules with a function `path(name)`, by the prefix that calls for them; imported when asked for."""
@@ -108,7 +108,7 @@ def _check_size(config: Any, path: str, trust_remote_code: bool) -> None:
     held = sum(file.stat().st_size for file in files)
     if wanted > held / FEWEST:
         raise ModelError(
-            f"the model in folder {path} cannot be loaded: {held} bytes of weights, and {wanted} weights in config.json",
+            f"the model in folder {path} cannot be loaded: {held} bytes for the {wanted} weights of config.json",
             expected=f"at least {FEWEST} bytes a weight",
             remedy="check config.json, or download the model again",
         )
@@ -132,12 +132,36 @@ def _check_weights(model: Any, report: Mapping[str, Any], path: str) -> None:
                 expected=f"{count} layers, as config.json says",
                 remedy="check num_hidden_layers in config.json",
             )
+    check_devices(model)
     for name, weight in model.named_parameters():
-        if weight.is_meta:  # under a device map, weights that wait on the disk or in memory look like this
-            if not hasattr(model, "hf_device_map") or set(model.hf_device_map.values()) == {"meta"}:
-                raise ModelError(f"weight {name} of {path} is on the meta device", expected="numbers", remedy=again)
-        elif _odd(weight):
+        if not weight.is_meta and _odd(weight):
             raise ModelError(f"weight {name} of {path} holds NaN or infinity", expected="numbers", remedy=again)
+
+
+def check_devices(model: torch.nn.Module) -> None:
+    """Refuse a model without numbers, and one that lies on several devices with nothing that carries data between them.
+
+    Raises:
+        ModelError: a weight on the meta device, or weights on several devices, unless a device map put them there.
+    """
+    placed = set(getattr(model, "hf_device_map", {}).values())
+    if placed - {"meta"}:
+        return  # weights that wait in memory or on the disk look as if they were on the meta device
+    first: tuple[str, torch.device] | None = None
+    for name, weight in model.named_parameters():
+        first = first or (name, weight.device)
+        if weight.is_meta:
+            raise ModelError(
+                f"weight {name} is on the meta device, where there are no numbers",
+                expected="weights in memory",
+                remedy="load the model with from_pretrained, or move it with to_empty and fill it",
+            )
+        if weight.device != first[1]:
+            raise ModelError(
+                f"weight {name} is on {weight.device}, and {first[0]} on {first[1]}",
+                expected="one device, or a device map",
+                remedy="move the model: model.to(device), or load it with device_map='auto'",
+            )
 
 
 def _odd(weight: torch.Tensor) -> bool:

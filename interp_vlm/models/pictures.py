@@ -52,7 +52,8 @@ def read_picture(picture: Picture) -> Image.Image:
         remedy = "download it first" if "://" in name else "check the path"
         raise DataError(f"picture {name} does not exist", expected="a readable image file", remedy=remedy) from None
     except _FAULTS as error:
-        raise DataError(f"picture {name} cannot be read ({error})", expected="a readable image file") from error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"picture {name} cannot be read ({why})", expected="a readable image file") from error
     if not min(upright.size):
         raise DataError(f"picture {name} is empty", expected="at least 1x1 pixels")
     return upright
@@ -65,7 +66,8 @@ def _read(path: Path) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as opened:
+        # opened here, as Pillow leaves a file open whose first bytes it cannot read
+        with path.open("rb") as file, Image.open(file) as opened:
             opened.load()
             return opened
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -134,12 +134,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         StudyError: when the disk refuses.
     """
+    if not path.name:
+        raise StudyError(f"{path} is no file name", remedy="choose another --out")
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StudyError(f"cannot write {path} ({_why(error)})", remedy="make room or choose another --out") from error
 
 

@@ -13,7 +13,7 @@ import interp_vlm as iv
 from interp_vlm.interop.transformer_lens import to_bridge
 from tests.engine.settings import Setting
 
-__all__ = ["Hooks", "bridge", "logits", "setting"]
+__all__ = ["Hooks", "bridge", "clean", "logits", "setting"]
 
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
@@ -26,6 +26,12 @@ def setting(family: str, padding: str = "left") -> Setting:
 @functools.cache
 def bridge(family: str) -> Any:
     return to_bridge(setting(family).vlm)
+
+
+@functools.cache
+def clean(family: str) -> Tensor:
+    """The logits of a family's batch without hooks."""
+    return logits(bridge(family), setting(family).batch)
 
 
 def logits(over: Any, batch: iv.Batch, hooks: Hooks = ()) -> Tensor:

@@ -11,7 +11,7 @@ from interp_vlm import testbed
 from interp_vlm.interop.transformer_lens import to_bridge
 from interp_vlm.testbed.build import load
 from tests.engine import reference
-from tests.interop.bridges import bridge, logits, setting
+from tests.interop.bridges import bridge, clean, logits, setting
 from tests.tiny import FAMILIES, build
 
 LAYER = 1
@@ -78,7 +78,7 @@ def test_an_edit_does_what_the_same_edit_by_plain_hooks_does(family, site):
     found = logits(bridge(family), chosen.batch, [(name(HOOKS[site]), lambda value, hook: edit(value))])
     with reference.hooked(chosen.raw, {(site, LAYER): edit}):
         wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
-    assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
+    assert_same_change(found, wanted, clean(family))
 
 
 @every_family
@@ -95,7 +95,7 @@ def test_an_edit_of_the_vision_layer_that_the_projector_reads_counts(family):
     )
     wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
     handle.remove()
-    assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
+    assert_same_change(found, wanted, clean(family))
 
 
 @every_family
@@ -106,13 +106,13 @@ def test_an_edit_of_what_the_projector_gives_counts(family):
     handle = projector.register_forward_hook(lambda module, args, out: edit(out))
     wanted = reference.forward(chosen.raw, chosen.batch.inputs).logits
     handle.remove()
-    assert_same_change(found, wanted, logits(bridge(family), chosen.batch))
+    assert_same_change(found, wanted, clean(family))
 
 
-def assert_same_change(found, wanted, clean):
+def assert_same_change(found, wanted, unchanged):
     """Equal to what was wanted, at a place where doing nothing is far from it."""
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
-    assert (wanted - clean).abs().max() > 0.05
+    assert (wanted - unchanged).abs().max() > 0.05
 
 
 def blocked_by_mask(setting, head, keys):
@@ -139,8 +139,7 @@ def test_an_edit_of_the_scores_is_an_edit_of_the_mask(family):
     found = logits(bridge(family), chosen.batch, [(name("attn.hook_attn_scores"), without)])
     # The rows of padding, which attend nothing at all, are nobody's business.
     rows = chosen.batch.inputs["attention_mask"].bool()
-    clean = logits(bridge(family), chosen.batch)
-    assert_same_change(found[rows], blocked_by_mask(chosen, head, keys)[rows], clean[rows])
+    assert_same_change(found[rows], blocked_by_mask(chosen, head, keys)[rows], clean(family)[rows])
 
 
 @every_family
@@ -166,7 +165,7 @@ def test_an_edit_of_the_pattern_mixes_the_values_anew(family):
     with reference.hooked(chosen.raw, {("z", LAYER): lambda value: mixed}):
         wanted = reference.forward(chosen.raw, inputs).logits
     hooks = [(name("attn.hook_pattern"), lambda pattern, hook: changed(pattern))]
-    assert_same_change(logits(bridge(family), chosen.batch, hooks), wanted, logits(bridge(family), chosen.batch))
+    assert_same_change(logits(bridge(family), chosen.batch, hooks), wanted, clean(family))
 
 
 @pytest.mark.parametrize(
@@ -192,15 +191,17 @@ def test_the_comparison_would_notice_an_edit_that_is_discarded(family, hook):
 
 @every_family
 def test_gradients_reach_every_hook_and_not_the_model(family):
-    chosen = setting(family)
-    seen = {}
-    inputs = dict(chosen.batch.inputs)
-    over = to_bridge(chosen.vlm)
+    chosen, over = setting(family), bridge(family)
+    inputs, seen = dict(chosen.batch.inputs), {}
+
+    def keep(gradient, hook):
+        seen[hook.name] = gradient.abs().max()
+
+    hooks = [(name(hook), keep) for hook in (*HOOKS.values(), "attn.hook_pattern", "attn.hook_attn_scores")]
     over.embed.weight.requires_grad_(True)
-    hooks = [(name(hook), lambda grad, hook: seen.setdefault(hook.name, grad.abs().max()) and None) for hook in
-             (*HOOKS.values(), "attn.hook_pattern", "attn.hook_attn_scores")]  # fmt: skip
     with over.hooks(bwd_hooks=hooks):
         over(inputs.pop("input_ids"), **inputs)[:, -1].logsumexp(-1).sum().backward()
+    over.embed.weight.requires_grad_(False)
     assert len(seen) == len(hooks)
-    assert all(grad > 0 for grad in seen.values())
+    assert all(gradient > 0 for gradient in seen.values())
     assert all(weight.grad is None and not weight.requires_grad for weight in chosen.vlm.model.parameters())

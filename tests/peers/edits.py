@@ -207,11 +207,12 @@ class Case:
 
         model = self.another_model(attn="eager")
         model.config.architectures = [type(model).__name__]  # by this it finds its adapter
-        with tempfile.TemporaryDirectory() as folder:  # it loads the tokenizer again from where it came
-            self.vlm.tokenizer.save_pretrained(folder)
-            return TransformerBridge.boot_transformers(
-                "llava-hf/llava-1.5-7b-hf", hf_model=model, tokenizer=transformers.AutoTokenizer.from_pretrained(folder)
-            )
+        # Given a name on the hub it would look for the processor there and, not finding it, install torchvision, and
+        # with that another torch. A folder that holds the processor keeps it from both.
+        with tempfile.TemporaryDirectory() as folder:
+            self.vlm.processor.save_pretrained(folder)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+            return TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer)
 
     def by_transformer_lens(self, hooks: list[tuple[str, Callable[..., Tensor]]]) -> Tensor:
         ids, more = self.batch.inputs["input_ids"], {"pixel_values": self.batch.inputs["pixel_values"]}
@@ -223,7 +224,12 @@ class Case:
         def write(value: Tensor, hook: Any) -> Tensor:
             return self._write(edit, new, value.flatten(2)).view(value.shape)
 
-        names = {"attn_out": "hook_attn_out", "mlp_out": "hook_mlp_out", "z": "attn.hook_z"}
+        names = {
+            "attn_out": "hook_attn_out",
+            "mlp_out": "hook_mlp_out",
+            "z": "attn.hook_z",
+            "mlp_post": "mlp.hook_post",
+        }
         return f"blocks.{edit.layer}.{names.get(edit.site, f'hook_{edit.site}')}", write
 
 

@@ -1,5 +1,7 @@
 """Patched and ablated logits are those of pyvene, of plain PyTorch hooks and, for LLaVA, of TransformerLens."""
 
+import importlib.metadata
+
 import pytest
 import torch
 
@@ -30,10 +32,7 @@ class TestEdits:
         agree(case.ours(EDITS[name]), case.by_pyvene(EDITS[name]), case.vlm.run(case.batch).logits)
 
 
-LENS = [name for name, edits in EDITS.items() if all(edit.site not in ("mlp_post",) for edit in edits)]
-
-
-@pytest.mark.parametrize("name", LENS)
+@pytest.mark.parametrize("name", EDITS)
 def test_transformer_lens(name):
     case = CASES["llava"]
     theirs = case.by_transformer_lens([case.lens_hook(edit) for edit in EDITS[name]])
@@ -62,3 +61,8 @@ def test_a_witness_notices_another_edit():
     other = (type(edit)(**{**vars(edit), "heads": (2, 3)}),)
     with pytest.raises(AssertionError):
         agree(case.ours((edit,)), case.by_pyvene(other), case.vlm.run(case.batch).logits)
+
+
+def test_no_witness_has_changed_the_environment():
+    """TransformerLens installs what it misses, and with torchvision another torch than the one that is running."""
+    assert importlib.metadata.version("torch") == torch.__version__

@@ -25,7 +25,15 @@ NOTHING = 0.15
 @functools.cache
 def built(family, seed=0, **options):
     planted = plant(family, seed, **options)
-    return planted, planted.pairs(4)
+    return planted, planted.pairs(2)
+
+
+@functools.cache
+def together(family, **options):
+    """Clean and corrupt pictures in one batch: one run serves both."""
+    planted, (clean, corrupt, *_) = built(family, **options)
+    pictures = [images[0] for batch in (clean, corrupt) for images in batch.images]
+    return planted.vlm.encode(pictures, planted.question)
 
 
 def margin(planted, logits, right, wrong):
@@ -36,10 +44,9 @@ def margin(planted, logits, right, wrong):
 
 def margins(family, interventions, **options):
     """Margins on clean and on corrupt pictures, both for the colour that the clean one shows."""
-    planted, (clean, corrupt, right, wrong) = built(family, **options)
-    return tuple(
-        margin(planted, planted.vlm.run(batch, interventions).logits, right, wrong) for batch in (clean, corrupt)
-    )
+    planted, (_, _, right, wrong) = built(family, **options)
+    logits = planted.vlm.run(together(family, **options), interventions).logits
+    return margin(planted, logits, right * 2, wrong * 2).chunk(2)
 
 
 def cut(edge):
@@ -69,7 +76,7 @@ def patch(cache, cells):
 @pytest.mark.parametrize("options", [{}, {"backup": True, "neurons": False}], ids=["plain", "backup, no neurons"])
 def test_the_answer_is_the_colour(family, detour, options):
     planted, (clean, corrupt, right, wrong) = built(family, seed=len(options), detour=detour, **options)
-    assert sorted(right) == ["blue"] * 2 + ["red"] * 2
+    assert sorted(right) == ["blue", "red"]
     for batch, shown, other in ((clean, right, wrong), (corrupt, wrong, right)):
         run = planted.vlm.run(batch)
         assert [str(answer) for answer in run.answers] == shown
@@ -180,6 +187,10 @@ def test_a_backup_restores_what_the_route_no_longer_delivers(family, detour):
         assert woken.min() > 9
         assert turned.max() < -9
         assert dependence(family, [cut(edge), cut(spare)], **options) < 0.01
+    # the mean of both colours tells that the patch was read, not which: the backup sleeps on
+    final = planted.route.edges[-1]
+    mean = iv.Ablation("z", [final.layer], final.queries, list(final.heads), to="mean")
+    assert dependence(family, mean, **options) < 0.01
     # what the backup holds while it sleeps is not the answer
     source = planted.vlm.capture(corrupt, ["z"])
     patch = iv.ActivationPatch("z", [spare.layer], "last", list(spare.heads), source=source)
@@ -220,14 +231,14 @@ def test_a_detour_through_the_prefix_goes_against_the_order_of_the_tokens():
 
 @EACH_WAY
 def test_in_a_null_model_the_answer_does_not_depend_on_the_picture(family, detour):
-    planted, (clean, corrupt, *_) = built(family, detour=detour, null=True)
+    planted, (clean, corrupt, *_) = built(family, detour=detour, null=True, backup=True)
     runs = [planted.vlm.run(batch) for batch in (clean, corrupt)]
     assert {str(answer) for run in runs for answer in run.answers} == {planted.answers[0]}
     assert torch.allclose(runs[0].logits, runs[1].logits, atol=0.01)
     assert planted.route == Route(())
     assert planted.backups == planted.bystanders == ()
-    real, _ = built(family, detour=detour)
-    assert set(planted.decoys) == {*real.decoys, *real.route.heads}
+    real, _ = built(family, detour=detour, backup=True)
+    assert set(planted.decoys) == {*real.decoys, *real.route.heads, *real.backups[0].heads}
 
 
 @EACH_FAMILY
@@ -248,8 +259,8 @@ def test_bystanders_fire_with_the_answer_and_change_nothing(family):
 @EACH_FAMILY
 def test_pictures_of_a_pair_differ_in_the_coloured_patch_alone(family):
     planted, (clean, corrupt, right, wrong) = built(family)
-    assert [planted.answers.index(answer) for answer in right] == [0, 1, 0, 1]
-    assert [planted.answers.index(answer) for answer in wrong] == [1, 0, 1, 0]
+    assert [planted.answers.index(answer) for answer in right] == [0, 1]
+    assert [planted.answers.index(answer) for answer in wrong] == [1, 0]
     row, column = divmod(planted.patch, 7)
     entry = [planted.vlm.capture(batch, ["resid_pre"], layers=[0])["resid_pre"][:, 0] for batch in (clean, corrupt)]
     moved = (entry[0] - entry[1]).norm(dim=-1)
@@ -262,7 +273,7 @@ def test_pictures_of_a_pair_differ_in_the_coloured_patch_alone(family):
         assert ours.tobytes() != theirs.tobytes()
         theirs.paste(ours.crop(box), box)
         assert ours.tobytes() == theirs.tobytes()
-    again, *_ = planted.pairs(2)
+    again, *_ = planted.pairs(3)
     assert all(
         ours[0].tobytes() == theirs[0].tobytes() for ours, theirs in zip(clean.images, again.images, strict=False)
     )
@@ -312,6 +323,10 @@ def test_positions_of_a_route_by_hand():
     assert detour.positions == {(0, 3), (1, 7), (2, 7), (3, 9), (4, 9)}
     assert detour.heads == {(1, 0), (1, 2), (3, 1)}
     assert detour.layers == {1, 3}
+    assert str(detour) == (
+        "position 3 -> position 7 at layer 1 (heads 0 and 2) -> position 9 at layer 3 (head 1) -> neurons 3.5 and 3.6"
+    )
+    assert str(Route(())) == "no route"
     assert Route(()).positions == Route(()).heads == frozenset()
     with pytest.raises(dataclasses.FrozenInstanceError):
         detour.edges = ()
@@ -325,6 +340,7 @@ def test_positions_of_a_route_by_hand():
         ("qwen2_vl", {"detour": "prefix"}, "see no later patch"),
         ("llava", {"decoys": 24}, "24 decoys; expected 0 to 2"),
         ("llava", {"decoys": -1}, "-1 decoys"),
+        ("llava", {"seed": -1}, "seed -1; expected 0 or more"),
     ],
 )
 def test_what_cannot_be_planted_is_refused(family, options, message):

@@ -92,7 +92,12 @@ class TowerLayer(GeneralizedComponent):
     """A vision layer whose `hook_out` is called before Hugging Face records the layer's output."""
 
     is_list_item: bool = True
-    hook_aliases: ClassVar[dict[str, str | list[str]]] = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
+
+    def __init__(
+        self, name: str | None, config: Any, submodules: dict[str, GeneralizedComponent] | None = None
+    ) -> None:
+        super().__init__(name, config, submodules)
+        self.hook_aliases = {"hook_resid_pre": "hook_in", "hook_resid_post": "hook_out"}
 
     def set_original_component(self, original_component: nn.Module) -> None:
         super().set_original_component(original_component)

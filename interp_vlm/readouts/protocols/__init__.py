@@ -2,10 +2,9 @@
 
 Example:
     >>> import interp_vlm as iv
-    >>> from interp_vlm.readouts import protocols
     >>> vlm = iv.load("testbed:llava")
     >>> scene = iv.data.digit_scenes(n=1)[0]
-    >>> flow = protocols.information_flow(vlm, vlm.encode(scene.image, scene.question), window=3)
+    >>> flow = iv.protocols.information_flow(vlm, vlm.encode(scene.image, scene.question), window=3)
     >>> flow.flows
     ('Question->Last', 'Image->Last', 'Image->Question', 'Last->Last')
 """

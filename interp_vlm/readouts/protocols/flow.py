@@ -209,11 +209,10 @@ def information_flow(
 
     Example:
         >>> import interp_vlm as iv
-        >>> from interp_vlm.readouts import protocols
         >>> vlm = iv.load("testbed:llava")
         >>> scenes = iv.data.digit_scenes(n=2)
         >>> batch = vlm.encode([scene.image for scene in scenes], [scene.question for scene in scenes])
-        >>> protocols.information_flow(vlm, batch, flows=["Image->Question"], window=1).change.shape
+        >>> iv.protocols.information_flow(vlm, batch, flows=["Image->Question"], window=1).change.shape
         torch.Size([1, 4, 2])
     """
     listed = [batches] if isinstance(batches, Batch) else list(batches)

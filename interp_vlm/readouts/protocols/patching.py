@@ -141,7 +141,8 @@ class PatchingEffect:
         grid = means[:, :, 0].T
         if self.heads is not None:
             across, below, grid = tuple(map(str, self.heads)), f"head, at {', '.join(self.places)}", means[0]
-        size = (max(4.8, 1.8 + 0.34 * len(across)), max(2.8, 1.6 + 0.16 * len(self.layers)))
+        longest = max(map(len, across))
+        size = (max(4.8, 1.8 + 0.34 * len(across)), max(2.2, 1.0 + 0.16 * len(self.layers)) + 0.07 * longest)
         figure = pyplot.figure(figsize=size, layout="constrained") if ax is None else ax.figure
         axes = figure.add_subplot() if ax is None else ax
         reach = max(1.0, float(np.nanmax(np.abs(grid))))
@@ -150,7 +151,7 @@ class PatchingEffect:
         _label(axes, across, self.layers)
         axes.set_xlabel(below)
         axes.set_ylabel(f"layer ({self.site})")
-        axes.set_title(f"{self.corruption}, {len(self.pictures)} pairs", fontsize="medium")
+        axes.set_title(f"{self.corruption}, {self._size()}", fontsize="medium")
         figure.colorbar(drawn, ax=axes, label="patching effect", pad=0.02)
         if ax is None:
             pyplot.close(figure)
@@ -170,12 +171,14 @@ class PatchingEffect:
             for head, number in enumerate(numbers)
         ]
 
+    def _size(self) -> str:
+        return f"{len(self.pictures)} {'pair' if len(self.pictures) == 1 else 'pairs'}"
+
     def __repr__(self) -> str:
         heads = "" if self.heads is None else f", heads {len(self.heads)}"
         shape = f"places {len(self.places)}, layers {len(self.layers)}{heads}"
         ends = f"{float(self.corrupt_difference.mean()):.3g} corrupt, {float(self.clean_difference.mean()):.3g} clean"
-        pairs = f"{len(self.pictures)} pairs"
-        return f"PatchingEffect({self.corruption}, {pairs}; {self.site!r}: {shape}; logit difference {ends})"
+        return f"PatchingEffect({self.corruption}, {self._size()}; {self.site!r}: {shape}; logit difference {ends})"
 
 
 def notice(
@@ -228,13 +231,12 @@ def notice(
 
     Example:
         >>> import interp_vlm as iv
-        >>> from interp_vlm.readouts import protocols
         >>> vlm = iv.load("testbed:llava")
         >>> pair = iv.data.digit_pairs(n=1)[0]
         >>> clean = vlm.encode(pair.clean.image, pair.clean.question)
         >>> corrupt = vlm.encode(pair.corrupt.image, pair.corrupt.question)
         >>> answers = pair.clean.answer, pair.corrupt.answer
-        >>> found = protocols.notice(vlm, clean, corrupt, *answers, site="resid_post", positions=["image", "last"])
+        >>> found = iv.protocols.notice(vlm, clean, corrupt, *answers, site="resid_post", positions=["image", "last"])
         >>> found.corruption, found.effect.shape
         ('semantic image pairs', torch.Size([2, 4, 1, 1]))
     """

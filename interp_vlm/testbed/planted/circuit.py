@@ -32,10 +32,14 @@ class Planted:
         vlm: the model, ready to run.
         family: "llava", "paligemma" or "qwen2_vl".
         seed: of the route and of all random weights.
-        route: the only way of the answer while nothing is intervened upon; empty in a null model.
-        backups: ways that open when the route is cut.
-        decoys: (layer, head) that attend to the coloured patch as sharply as the route does and change nothing. The
-            odd ones of them write the colour where nothing reads it; the others write none.
+        route: the only way of the answer while nothing is intervened upon; empty in a null model. In Qwen2-VL an
+            earlier line break of the template, the last token's own word, receives the colour too and keeps it.
+        backups: ways that open when the last token does not learn that the route has read the patch. Knockout and zero
+            ablation of the route wake them; patching, and mean ablation at the last token, do not: they say still that
+            the patch was read.
+        decoys: (layer, head) that attend to the coloured patch from the last token as sharply as the route does and
+            change nothing. The second, the fourth and so on write the colour where nothing reads it; the others write
+            none. A null model's would-be route and backup are counted behind them.
         bystanders: (layer, unit) that fire with the answer and change nothing.
         null: the answer is the same whatever the picture shows.
         detour: None, "question" or "prefix".
@@ -118,9 +122,8 @@ def plant(
         ModelError: for an unknown family or detour, a detour that the family's masks forbid, or too many decoys.
 
     Example:
-        >>> planted = plant("llava", seed=1, detour="question")
-        >>> [edge.layer for edge in planted.route.edges] == sorted(planted.route.layers)
-        True
+        >>> print(plant("llava", seed=1, detour="question").route)
+        position 49 -> position 56 at layer 1 (heads 0 and 3) -> position 58 at layer 4 (heads 0 and 2) -> neurons ...
     """
     words = len(_QUESTION.split())
     layout = lay_out(family, seed, detour=detour, backup=backup, decoys=decoys, neurons=neurons, null=null, words=words)
@@ -142,7 +145,7 @@ def plant(
     route, backups = routes_of(layout, tokens.image, tokens.question, int(tokens.last))
     looking = layout.decoys
     if null:
-        looking = (*looking, *sorted(route.heads))
+        looking = (*looking, *sorted(route.heads), *layout.backup_heads)
         route, backups = Route(()), ()
     return Planted(
         vlm, family, seed, route, backups, looking, layout.bystanders, null, detour, layout.patch,

@@ -2,7 +2,7 @@
 
 The residual stream is written in a plain basis, in which each axis has a meaning, and then turned by a random rotation,
 so that no single coordinate of the model means anything. A large constant keeps RMSNorm's scale nearly the same at
-every token; `_gain` undoes it. Attention is nearly hard: a planted head rests on the first text token (the sink), whose
+every token; `_GAIN` undoes it. Attention is nearly hard: a planted head rests on the first text token (the sink), whose
 values are empty, unless its own query role stands before its own key role.
 """
 
@@ -53,7 +53,12 @@ def rotation(generator: torch.Generator) -> Float[Tensor, "d d"]:
 
 
 def fill_decoder(
-    model: Any, layout: Layout, turn: Tensor, tokens: dict[str, Any], null: bool, generator: torch.Generator
+    model: Any,
+    layout: Layout,
+    turn: Float[Tensor, "d d"],
+    tokens: dict[str, Any],
+    null: bool,
+    generator: torch.Generator,
 ) -> None:
     """Write every weight of the decoder.
 
@@ -92,7 +97,7 @@ def _words(embedding: Any, tokens: dict[str, Any], null: bool, generator: torch.
 
 
 def _busy(rows: int, generator: torch.Generator) -> Tensor:
-    """Random rows that read or write the busy axes alone; each reads one unit from a stream of that size."""
+    """Random rows that read or write the busy axes alone; a row reads about a quarter of the stream's size there."""
     weight = torch.zeros(rows, WIDTH)
     weight[:, BUSY] = torch.randn(rows, BUSY.stop - BUSY.start, generator=generator) * _GAIN / 4
     return weight

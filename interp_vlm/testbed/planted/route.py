@@ -53,6 +53,8 @@ class Route:
         [(0, 17), (1, 17), (2, 60), (3, 60)]
         >>> sorted(route.heads), sorted(route.layers)
         ([(2, 1)], [2])
+        >>> print(route)
+        position 17 -> position 60 at layer 2 (head 1) -> neurons 3.40 and 3.200
     """
 
     edges: tuple[Edge, ...]
@@ -87,6 +89,17 @@ class Route:
     def heads(self) -> frozenset[tuple[int, int]]:
         """(layer, head) of every head that moves the answer."""
         return frozenset((edge.layer, head) for edge in self.edges for head in edge.heads)
+
+    def __str__(self) -> str:
+        if not self.edges:
+            return "no route"
+        stops = [f"position {' and '.join(map(str, self.edges[0].keys))}"]
+        for edge in self.edges:
+            heads = f"head{'s' if len(edge.heads) > 1 else ''} {' and '.join(map(str, edge.heads))}"
+            stops.append(f"position {' and '.join(map(str, edge.queries))} at layer {edge.layer} ({heads})")
+        if self.neurons:
+            stops.append("neurons " + " and ".join(f"{layer}.{unit}" for layer, unit in self.neurons))
+        return " -> ".join(stops)
 
 
 @dataclass(frozen=True)
@@ -149,6 +162,8 @@ def lay_out(
             expected="family 'paligemma'",
             remedy="or detour='question'",
         )
+    if seed < 0:
+        raise ModelError(f"seed {seed}", expected="0 or more")
     rng = np.random.default_rng([seed, NAMES.index(family), DETOURS.index(detour)])
     patch = int(rng.integers(1, N_PATCHES))
     relay = {None: None, "question": int(rng.integers(words)), "prefix": int(rng.integers(patch))}[detour]

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from interp_vlm.testbed.planted.decoder import AXES, BUSY, CONSTANT, WIDTH
@@ -30,12 +31,15 @@ _SCALE = _CONSTANT * math.sqrt(2 / _TOWER)  # what LayerNorm divides by, up to a
 _LINEAR = 10.0  # a GELU of something this large is the thing itself
 
 
-def fill_vision(model: Any, processor: Any, relay: int | None, turn: Tensor, generator: torch.Generator) -> None:
+def fill_vision(
+    model: Any, processor: Any, relay: int | None, turn: Float[Tensor, "d d"], generator: torch.Generator
+) -> None:
     """Write the weights that see.
 
     Args:
         relay: a patch whose place is to be known (PaliGemma's detour), or None.
         turn: the rotation of the residual stream.
+        generator: of everything random.
     """
     tower = model.model.visual if hasattr(model.model, "visual") else model.model.vision_tower
     pixels = processor.image_processor
