@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from nnsight import NNsight
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
+from interp_vlm.engine.devices import Wrapped, input_device
 from interp_vlm.engine.full import alone, alongside, visit
 from interp_vlm.engine.leaks import Leaks, leaks
 from interp_vlm.engine.memory import Budget
@@ -64,7 +64,7 @@ class VLM:
         self.name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
         loading.check_devices(model)
         self.anatomy: Anatomy = describe(model)
-        self.nnsight = NNsight(model)
+        self.nnsight = Wrapped(model)
         self._engine = Engine(self.nnsight, self.anatomy, self.name)
         self._traced: list[Batch] = []
 
@@ -74,7 +74,8 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where inputs go."""
+        return input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:

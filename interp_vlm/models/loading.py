@@ -145,8 +145,8 @@ def check_devices(model: torch.nn.Module) -> None:
         ModelError: a weight on the meta device, or weights on several devices, unless a device map put them there.
     """
     placed = set(getattr(model, "hf_device_map", {}).values())
-    if placed - {"meta"}:
-        return  # weights that wait in memory or on the disk look as if they were on the meta device
+    if placed - {"meta"} or any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return  # with accelerate: weights that wait in memory or on the disk look as if they were on the meta device
     first: tuple[str, torch.device] | None = None
     for name, weight in model.named_parameters():
         first = first or (name, weight.device)

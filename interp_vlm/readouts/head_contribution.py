@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -170,13 +171,15 @@ def _layer(vlm: VLM, block: nn.Module, mix: Tensor, direction: Tensor) -> tuple[
     """Of one layer: each head's part (batch, head, pos), the bias's (batch, pos), and how far they may be rounded."""
     anatomy = vlm.anatomy
     projection: Any = block.get_submodule(f"{anatomy.attn}.{anatomy.o}")
-    weight = projection.weight.detach().double()
+    with align_module_device(projection):  # offloaded weights are brought in
+        weight = projection.weight.detach().double()
+        offset = None if projection.bias is None else projection.bias.detach().double()
     with torch.no_grad():
         raw = projection(mix.flatten(-2))
     reading = direction * _scale(vlm, block, raw)
     through = (reading @ weight).unflatten(-1, mix.shape[-2:])
     products = mix.double() * through
-    of_bias = 0 if projection.bias is None else reading @ projection.bias.detach().double()
+    of_bias = 0 if offset is None else reading @ offset
     size = (reading.abs() * raw.double().abs()).sum(dim=-1) + products.abs().sum(dim=(-2, -1))
     # Sums of d numbers round by up to a few times root d; norms compute in single precision whatever their dtype.
     step = max(torch.finfo(mix.dtype).eps, 2.0**-23 if anatomy.attn_out != anatomy.attn else 0.0)

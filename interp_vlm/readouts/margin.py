@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -196,10 +197,11 @@ def _direction(vlm: VLM, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     factor = torch.where(stream == 0, gain * scale, normed / stream)
     used = (weights != 0).flatten(0, 1).any(dim=0).nonzero().flatten()  # a few tokens of the vocabulary
     few = weights[..., used].double()
-    matrix: Any = head.weight
-    bias: Any = getattr(head, "bias", None)
-    read = few @ matrix[used].double()
-    return factor * read, few.sum(dim=-1) * 0 if bias is None else few @ bias[used].double()
+    with align_module_device(head):  # offloaded weights are brought in
+        matrix: Any = head.weight
+        bias: Any = getattr(head, "bias", None)
+        read = few @ matrix[used].double()
+        return factor * read, few.sum(dim=-1) * 0 if bias is None else few @ bias[used].double()
 
 
 def _between(cache: Cache) -> Tensor:
