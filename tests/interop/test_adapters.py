@@ -201,6 +201,18 @@ def test_the_comparison_would_notice_an_edit_that_is_discarded(family, hook):
 
 
 @every_family
+def test_a_bridge_generates_what_the_model_does(family):
+    vlm, over = setting(family).vlm, bridge(family)
+    batch = setting(family).batch
+    inputs = dict(batch.inputs)
+    ids = inputs.pop("input_ids")
+    options = {"max_new_tokens": 3, "do_sample": False, "stop_at_eos": False}
+    found = over.hf_generate(ids, return_type="tokens", **options, **inputs)
+    wanted = vlm.generate(batch, max_new_tokens=3, min_new_tokens=3).ids
+    assert torch.equal(found[:, ids.shape[1] :], wanted)
+
+
+@every_family
 def test_gradients_reach_every_hook_and_not_the_model(family):
     chosen, over = setting(family), bridge(family)
     inputs, seen = dict(chosen.batch.inputs), {}

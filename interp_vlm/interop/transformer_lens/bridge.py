@@ -50,7 +50,7 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
     kind = adapter_for(architecture)
     from transformer_lens.model_bridge.sources import build_bridge_config_from_hf, detect_tokenizer_bos_eos
 
-    from interp_vlm.interop.transformer_lens.editable import ModelsOwnPositions
+    from interp_vlm.interop.transformer_lens.editable import VLMBridge
 
     model = _skeleton(vlm.model)
     adapter = kind(build_bridge_config_from_hf(model.config, architecture, vlm.name, vlm.dtype))
@@ -58,7 +58,7 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
     adapter.prepare_model(model)
     adapter.cfg.tokenizer_prepends_bos, adapter.cfg.tokenizer_appends_eos = detect_tokenizer_bos_eos(vlm.tokenizer)
     # A copy, because `generate` of a bridge sets the padding side of its tokenizer.
-    bridge = ModelsOwnPositions(model, adapter, copy.deepcopy(vlm.tokenizer))
+    bridge = VLMBridge(model, adapter, copy.deepcopy(vlm.tokenizer))
     bridge.processor = vlm.processor
     return bridge
 

@@ -23,7 +23,7 @@ from transformer_lens.utilities.attn_implementation import force_eager_attention
 
 from interp_vlm.models.anatomy import Anatomy, describe
 
-__all__ = ["EditableHooks", "ModelsOwnPositions", "TowerLayer"]
+__all__ = ["EditableHooks", "TowerLayer", "VLMBridge"]
 
 _MID = "resid_mid"
 
@@ -111,7 +111,7 @@ class TowerLayer(GeneralizedComponent):
         return self.original_component(self.hook_in(hidden_states), *args, **kwargs)
 
 
-class ModelsOwnPositions(TransformerBridge):
+class VLMBridge(TransformerBridge):
     """A bridge that leaves the positions of padded examples to the model, as a call of the model itself does.
 
     TransformerLens counts positions from the first token that is not padding. Under rotary embeddings, which know
