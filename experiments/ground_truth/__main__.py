@@ -20,7 +20,7 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.ground_truth.bench import Bench, Found, truth_of
+from experiments.ground_truth.bench import NOTHING, Bench, Found, truth_of
 from experiments.ground_truth.methods import METHODS, PAIRS, UNPAIRED, cuts, pairs
 from experiments.ground_truth.page import write
 from experiments.ground_truth.scores import integrated, score
@@ -83,12 +83,14 @@ def measure(family: str, name: str, seed: int, pictures: int = PICTURES) -> Iter
     if planted.backups:
         methods[PAIRS] = pairs
     found = {key: method(bench) for key, method in methods.items()}
-    own, whole = truth_of(planted), truth_of(planted, backups=True) if planted.backups else None
-    if case.empty:
-        own = Found(*[frozenset() for _ in range(5)])
+    truth = NOTHING if case.empty else truth_of(planted)
+    also = {
+        "whole": truth_of(planted, backups=True) if planted.backups else None,
+        "route": None if case.differ else truth_of(planted),
+    }
     where = {"family": family, "case": name, "seed": seed}
     for key, each in found.items():
-        for row in score(each, own, planted.decoys, whole):
+        for row in score(each, truth, planted.decoys, **also):
             yield {**where, "method": key, **row}
     if not case.empty:
         for key, value in cuts(bench).items():

@@ -17,7 +17,7 @@ from scipy import stats
 
 import interp_vlm as iv
 
-__all__ = ["FLOOR", "LEVEL", "SHARE", "WHAT", "Bench", "Found", "counts", "truth_of"]
+__all__ = ["FLOOR", "LEVEL", "NOTHING", "SHARE", "WHAT", "Bench", "Found", "counts", "truth_of"]
 
 LEVEL = 0.95
 """Coverage of the interval over pictures that must exclude 0."""
@@ -54,8 +54,11 @@ class Found:
     ranking: dict[tuple[int, int], float] | None = field(default=None, compare=False)
 
 
+NOTHING = Found(frozenset(), frozenset(), frozenset(), frozenset(), frozenset())
+
+
 def truth_of(planted: Any, backups: bool = False) -> Found:
-    """The planted route, with its backups when asked for; nothing at all for a null model."""
+    """The planted route, with its backups when asked for; nothing at all in a null model."""
     routes = [] if planted.null else [planted.route, *(planted.backups if backups else ())]
     edges = [edge for route in routes for edge in route.edges]
     return Found(

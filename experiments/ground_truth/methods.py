@@ -88,7 +88,7 @@ def windows(bench: Bench, size: int) -> Found:
         for window in iv.windows(bench.vlm, size)
         for queries, keys in routes
     ]
-    hit = bench.counts(bench.blocked(many)).reshape(len(bench.layers), -1).any(axis=1)
+    hit = np.any(bench.counts(bench.blocked(many)).reshape(len(bench.layers), -1), axis=1)
     return Found(layers=_named(bench.layers, hit))
 
 

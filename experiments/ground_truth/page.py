@@ -15,13 +15,16 @@ from statsmodels.stats.proportion import proportion_confint
 
 import interp_vlm as iv
 from experiments.ground_truth.bench import WHAT
-from experiments.ground_truth.methods import METHODS, PAIRS
+from experiments.ground_truth.methods import CUTS, METHODS, PAIRS
 
 __all__ = ["BLOCKS", "exact", "figure", "filled", "share", "write"]
 
 PAGE, ROWS, FIGURE = "validation.md", "validation.parquet", "validation.png"
 TEMPLATE = Path(__file__).parents[2] / "docs" / PAGE
 ORDER = [*METHODS, PAIRS, "the truth", "random"]
+CAUSAL = ("knockout", "patching, clean into corrupt", "patching, corrupt into clean")
+EMPTY = ("null model", "same answer")
+HARD = ("question detour", "prefix detour", "backup")
 COLOURS = {"llava": "#1b4f72", "paligemma": "#d9541e", "qwen2_vl": "#5b8c3a"}
 
 
@@ -32,8 +35,8 @@ def share(hits: int, n: int) -> tuple[float, float, float]:
         >>> [round(number, 3) for number in share(25, 25)]
         [1.0, 0.863, 1.0]
     """
-    low, high = proportion_confint(hits, n, method="beta")
-    return hits / n, float(np.nan_to_num(low)), float(high if hits < n else 1.0)
+    low, high = np.asarray(proportion_confint(hits, n, method="beta"), dtype=np.float64).tolist()
+    return hits / n, low, high
 
 
 def exact(hits: int, n: int) -> str:
@@ -53,10 +56,15 @@ def averaged(values: pd.Series) -> str:
     if not len(kept):
         return "none named"
     if len(kept) == 1:
-        return f"{kept.iloc[0]:.2f}"
+        return _number(kept.iloc[0])
     estimate = iv.stats.mean(kept.to_numpy())
-    spread = "" if np.isnan(estimate.low) else f" ({estimate.low:.2f} to {estimate.high:.2f})"
-    return f"{estimate.value:.2f}{spread}"
+    spread = "" if np.isnan(estimate.low) else f" ({_number(estimate.low)} to {_number(estimate.high)})"
+    return f"{_number(estimate.value)}{spread}"
+
+
+def _number(value: float) -> str:
+    """Two digits, and no minus before a zero."""
+    return f"{round(float(value), 2) + 0.0:.2f}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -75,6 +83,27 @@ def _families(rows: pd.DataFrame) -> list[str]:
 
 def _count(part: pd.DataFrame) -> str:
     return exact(int(part["exact"].astype(bool).sum()), len(part)) if len(part) else ""
+
+
+def verdict(rows: pd.DataFrame) -> str:
+    """What was needed, and what was found."""
+    scored = rows[rows["what"].isin(WHAT)]
+    lines = []
+    for method in CAUSAL:
+        own = scored[(scored["method"] == method) & (scored["case"] == "straight")]
+        whole = own.groupby(["family", "seed"])["exact"].all()
+        by_family = [f"{exact(int(part.sum()), len(part))} of {name}" for name, part in whole.groupby(level=0)]
+        names = ", ".join(dict.fromkeys(own["what"]))
+        lines.append(f"- *{method}* names the straight route exactly ({names}) in {'; '.join(by_family)}.")
+    empty = scored[scored["case"].isin(EMPTY) & scored["method"].isin(CAUSAL)]
+    named = empty.groupby(["case", "family", "seed"])["named"].sum() > 0
+    lines.append(
+        f"- Where there is nothing, one of these names something in {exact(int(named.sum()), len(named))} models."
+    )
+    sharp = scored[(scored["method"] == "attention sharpness") & (scored["case"] == "straight")]
+    decoys = averaged(sharp.loc[sharp["what"] == "heads", "decoys"])
+    lines.append(f"- *attention sharpness* names a share of {decoys} of the decoys.")
+    return "\n".join(lines)
 
 
 def straight(rows: pd.DataFrame) -> str:
@@ -103,27 +132,44 @@ def fooled(rows: pd.DataFrame) -> str:
 
 
 def null(rows: pd.DataFrame) -> str:
-    """How often a method names anything at all where there is nothing."""
-    rows = rows[rows["case"] == "null"]
+    """How often a method names anything at all where there is nothing, or next to nothing, to name."""
     lines = []
-    for method in _ordered(rows):
-        anything = rows[rows["method"] == method].groupby(["family", "seed"])["named"].sum() > 0
-        by_family = [f"{int(anything[name].sum())} of {len(anything[name])}" for name in _families(rows)]
-        lines.append([method, *by_family, exact(int(anything.sum()), len(anything))])
-    return _table(["method", *_families(rows), "all"], lines)
+    for method in _ordered(rows[rows["case"].isin(EMPTY)]):
+        cells = []
+        for case in EMPTY:
+            own = rows[(rows["method"] == method) & (rows["case"] == case)]
+            named = own.groupby(["family", "seed"])["named"].sum()
+            cells.append(exact(int((named > 0).sum()), len(named)) if len(own) else "")
+        same = rows[(rows["method"] == method) & (rows["case"] == "same answer")]
+        cells.append(averaged(same.groupby(["family", "seed"])["on_route"].mean()) if len(same) else "")
+        lines.append([method, *cells])
+    header = ["method", *(f"names something, {case}" for case in EMPTY), "share of it that is on the planted route"]
+    return _table(header, lines)
 
 
 def hard(rows: pd.DataFrame) -> str:
-    """Routes with a detour or a backup: the heads that are named, and the backups."""
-    rows = rows[rows["what"] == "heads"]
-    cases = [name for name in dict.fromkeys(rows["case"]) if name not in ("straight", "null")]
+    """Detours and backups: whether the heads are named exactly, and what of the route and of the backup is named."""
+    rows = rows[(rows["what"] == "heads") & rows["case"].isin(HARD)]
     lines = []
     for method in _ordered(rows):
         own = rows[rows["method"] == method]
-        cells = [_count(own[own["case"] == case]) for case in cases]
-        spare = own.loc[own["case"] == "backup"]
-        lines.append([method, *cells, averaged(spare["recall"]), averaged(spare["backups"]) if len(spare) else ""])
-    return _table(["method", *(f"exact, {case}" for case in cases), "route named", "backup named"], lines)
+        by_case = {case: own[own["case"] == case] for case in HARD}
+        detours = [_count(part) for case, part in by_case.items() if case != "backup"]
+        spare = by_case["backup"]
+        lines.append([method, *detours, averaged(spare["recall"]), averaged(spare["backups"])])
+    detours = [f"heads exact, {case}" for case in HARD if case != "backup"]
+    return _table(["method", *detours, "backup: route named", "backup: backup named"], lines)
+
+
+def cut(rows: pd.DataFrame) -> str:
+    """What of the pictures' effect is gone when the answer's way is cut."""
+    rows = rows[rows["what"] == "cut"]
+    cases = [case for case in ("straight", *HARD) if case in set(rows["case"])]
+    lines = []
+    for method in CUTS:
+        own = rows[rows["method"] == method]
+        lines.append([method, *(averaged(own.loc[own["case"] == case, "effect"].round(6)) for case in cases)])
+    return _table(["cut", *cases], lines)
 
 
 def faithful(rows: pd.DataFrame) -> str:
@@ -137,7 +183,8 @@ def faithful(rows: pd.DataFrame) -> str:
 
 
 BLOCKS: dict[str, Callable[[pd.DataFrame], str]] = {
-    "straight": straight, "fooled": fooled, "null": null, "hard": hard, "faithful": faithful,
+    "verdict": verdict, "straight": straight, "fooled": fooled, "null": null, "hard": hard, "cut": cut,
+    "faithful": faithful,
 }  # fmt: skip
 
 
@@ -173,7 +220,7 @@ def figure(rows: pd.DataFrame) -> Any:
     }
     _dots(decoys, {key: iv.stats.mean(values.to_numpy()) for key, values in named.items()}, methods)
     decoys.set_title("decoy heads named", fontsize="medium")
-    anything = scored[scored["case"] == "null"].groupby(["method", "family", "seed"])["named"].sum() > 0
+    anything = scored[scored["case"] == "null model"].groupby(["method", "family", "seed"])["named"].sum() > 0
     _dots(nothing, {key: iv.stats.mean(part.to_numpy()) for key, part in anything.groupby(level=[0, 1])}, methods)
     nothing.set_title("null models: anything named", fontsize="medium")
     handles, labels = decoys.get_legend_handles_labels()
@@ -200,7 +247,7 @@ def _grid(axes: Any, rows: pd.DataFrame, methods: list[str]) -> None:
     axes.set_title(f"named exactly, share of {models} models\n(grey: does not speak of it)", fontsize="medium")
 
 
-def _dots(axes: Any, estimates: dict[tuple[str, str], Any], methods: list[str]) -> None:
+def _dots(axes: Any, estimates: dict[Any, Any], methods: list[str]) -> None:
     for (method, family), estimate in estimates.items():
         y = methods.index(method) + 0.22 * (list(COLOURS).index(family) - 1)
         spread = [[estimate.value - estimate.low], [estimate.high - estimate.value]]

@@ -32,14 +32,22 @@ def precision_recall(found: frozenset[Hashable], true: frozenset[Hashable]) -> t
     return hits / len(found) if found else float("nan"), hits / len(true) if true else float("nan")
 
 
-def score(found: Found, truth: Found, decoys: Iterable[Head] = (), whole: Found | None = None) -> list[dict[str, Any]]:
+def score(
+    found: Found,
+    truth: Found,
+    decoys: Iterable[Head] = (),
+    *,
+    whole: Found | None = None,
+    route: Found | None = None,
+) -> list[dict[str, Any]]:
     """One row for each thing that the method speaks of.
 
     Args:
         found: what the method named.
-        truth: the route.
+        truth: what it should have named.
         decoys: heads that attend sharply to the right patch and carry nothing.
         whole: the route with its backups, where it has any: naming those is no mistake.
+        route: where nothing should have been named, the route that the model has.
     """
     rows = []
     for what, fields in WHAT.items():
@@ -56,6 +64,8 @@ def score(found: Found, truth: Found, decoys: Iterable[Head] = (), whole: Found 
                 row["decoys"] = precision_recall(named, fooling)[1]
             if spare := allowed - true:
                 row["backups"] = precision_recall(named, spare)[1]
+            if route is not None:
+                row["on_route"] = precision_recall(named, getattr(route, name))[0]
             rows.append(row)
     return rows
 

@@ -70,6 +70,12 @@ def test_naming_a_backup_is_no_mistake_and_no_recall():
     assert (heads["precision"], heads["recall"], heads["backups"], heads["exact"]) == (1.0, 0.5, 1.0, False)
 
 
+def test_what_is_named_without_need_is_held_against_the_route():
+    (layers, heads) = score(Found(layers=named(2, 3), heads=named((2, 0))), NOTHING, route=TRUTH)
+    assert (layers["precision"], layers["on_route"], layers["exact"]) == (0.0, 0.5, False)
+    assert (heads["precision"], heads["on_route"]) == (0.0, 1.0)
+
+
 def test_precision_and_recall_of_random_sets_are_those_of_scikit_learn():
     from sklearn.metrics import precision_score, recall_score
 
@@ -240,8 +246,8 @@ def test_what_was_needed_was_reached(kept):
     scored = kept[kept["what"].isin(WHAT)]
     causal = scored[scored["method"].isin(page.CAUSAL)]
     assert causal.loc[causal["case"] == "straight", "exact"].all()
-    empty = causal[causal["case"].isin(page.EMPTY)]
-    assert (empty.groupby(["method", "family", "seed", "case"])["named"].sum() > 0).mean() <= 0.05
+    empty = causal[causal["case"] == "null model"]
+    assert (empty.groupby(["method", "family", "seed"])["named"].sum() > 0).mean() <= 0.05
     straight = scored[(scored["case"] == "straight") & (scored["what"] == "heads")].set_index("method")
     assert straight.loc["attention sharpness", "decoys"].mean() > 0.9
     assert straight.loc[list(page.CAUSAL), "decoys"].max() == 0.0
