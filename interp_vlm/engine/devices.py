@@ -17,8 +17,8 @@ def input_device(model: nn.Module) -> torch.device:
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            if getattr(each, "execution_device", None) is not None:
-                return torch.device(each.execution_device)
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
     return next(model.parameters()).device
 
 

@@ -79,9 +79,8 @@ def arrays(result: Any) -> list[torch.Tensor]:
 
 
 READOUTS = {
-    "capture": lambda vlm, batch: vlm.capture(batch, ["resid_post", "pattern", "z", "vision_post"]).activations[
-        "pattern"
-    ],
+    "pattern": lambda vlm, batch: vlm.capture(batch, ["resid_post", "pattern"]).activations["pattern"],
+    "tower": lambda vlm, batch: vlm.capture(batch, ["vision_post"]).activations["vision_post"],
     "lens": lambda vlm, batch: iv.logit_lens(vlm, batch),
     "margin": lambda vlm, batch: iv.truth_margin(vlm, batch, correct="0", wrong="1"),
     "heads": lambda vlm, batch: iv.head_contributions(vlm, batch, correct="0", wrong="1"),
@@ -95,7 +94,6 @@ READOUTS = {
 
 @pytest.mark.parametrize("readout", READOUTS)
 def test_every_readout_gives_the_same_numbers(pair, readout):
-    here, away = pair
     wanted, found = (READOUTS[readout](vlm, encoded(vlm)) for vlm in pair)
     if isinstance(wanted, torch.Tensor):
         assert torch.equal(found, wanted)
