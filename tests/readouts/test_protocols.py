@@ -203,6 +203,21 @@ class TestNotice:
         torch.testing.assert_close(found.difference[1, 1, 0], sweep.values[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.corrupt_difference, sweep.baseline, rtol=1e-4, atol=1e-4)
 
+    def test_several_batches_are_laid_end_to_end(self, trained):
+        vlm, _, pairs = trained
+        answers = [pair.clean.answer for pair in pairs], [pair.corrupt.answer for pair in pairs]
+        clean, corrupt = [pair.clean for pair in pairs], [pair.corrupt for pair in pairs]
+        place = {"site": "mlp_out", "positions": iv.select.last}
+        whole = protocols.notice(vlm, encoded(vlm, clean), encoded(vlm, corrupt), *answers, **place)
+        cleans, corrupts = ([encoded(vlm, side[:2]), encoded(vlm, side[2:])] for side in (clean, corrupt))
+        parts = protocols.notice(vlm, cleans, corrupts, *answers, **place)
+        assert whole.places == parts.places == ("last",)
+        for name in ("effect", "probability", "clean_difference", "corrupt_probability"):
+            torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-5)
+        assert parts.pictures == whole.pictures
+        with pytest.raises(iv.InterventionError, match=r"in batches of \[2, 4\] and \[4, 2\]"):
+            protocols.notice(vlm, cleans, corrupts[::-1], *answers, **place)
+
     def test_tables_and_figure(self, trained):
         vlm, _, pairs = trained
         clean, corrupt = encoded(vlm, [pair.clean for pair in pairs]), encoded(vlm, [pair.corrupt for pair in pairs])

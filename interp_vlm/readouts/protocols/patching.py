@@ -22,12 +22,14 @@ from interp_vlm.readouts.scores import full_precision, log_sums
 from interp_vlm.readouts.spelling import prompt_ends, spellings
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
+from interp_vlm.tokens.batch import Batch
+from interp_vlm.tokens.selector import Selector
+from interp_vlm.tokens.token_map import TokenMap
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
 __all__ = ["PatchingEffect", "notice"]
@@ -183,13 +185,13 @@ class PatchingEffect:
 
 def notice(
     vlm: VLM,
-    clean: Batch,
-    corrupt: Batch,
+    clean: Batch | Sequence[Batch],
+    corrupt: Batch | Sequence[Batch],
     correct: Answers,
     incorrect: Answers,
     *,
     site: str = "attn_out",
-    positions: Mapping[str, Any] | Sequence[Any] | None = None,
+    positions: Mapping[str, Any] | Sequence[Any] | Selector | None = None,
     layers: Indices = "all",
     heads: Indices | None = None,
     engine: str = "auto",
@@ -202,8 +204,8 @@ def notice(
 
     Args:
         vlm: the model.
-        clean: encoded examples.
-        corrupt: their corruptions, one for each.
+        clean: encoded examples, one batch or several that are laid end to end.
+        corrupt: their corruptions, one for each, in batches of the same sizes.
         correct: right answer of the clean examples: words (all their single-token spellings count) or token ids (as
             published).
         incorrect: right answer of the corrupt ones.
@@ -240,52 +242,74 @@ def notice(
         >>> found.corruption, found.effect.shape
         ('semantic image pairs', torch.Size([2, 4, 1, 1]))
     """
-    corruption = _corruption(clean, corrupt)
+    cleans, corrupts = ([side] if isinstance(side, Batch) else list(side) for side in (clean, corrupt))
+    corruption = _corruption(cleans, corrupts)
     if site_named(site).part != "decoder" or "k" in site_named(site).axes:
         raise InterventionError(f"site {site!r}", expected="activations of the decoder, for example 'attn_out'")
     if heads is not None and site != "z":
         raise InterventionError(f"heads of {site!r}", expected="site 'z', where heads are apart")
-    named = _places(clean, positions)
+    named = _places([tokens for batch in cleans for tokens in batch.tokens], positions)
     at_layers = indices(layers, vlm.anatomy.n_layers, "layer")
     at_heads = None if heads is None else indices(heads, vlm.anatomy.n_heads, "head")
     cells = list(itertools.product(named.values(), at_layers, [None] if at_heads is None else at_heads))
-    cache = vlm.capture(clean, site, layers=at_layers)
+    readers = _readers(vlm, cleans, corrupts, correct, incorrect)
+    columns = zip(*(_measure(vlm, reader, site, cells, engine, memory) for reader in readers), strict=True)
+    patched, patched_p, *ends = (torch.cat(parts, dim=-1) for parts in columns)
+    shape = (len(named), len(at_layers), -1, patched.shape[-1])
+    return PatchingEffect(
+        corruption=corruption, site=site, places=tuple(named), layers=at_layers, heads=at_heads,
+        difference=patched.view(shape), probability=patched_p.view(shape),
+        clean_difference=ends[0], clean_probability=ends[1], corrupt_difference=ends[2], corrupt_probability=ends[3],
+        pictures=picture_numbers(cleans),
+    )  # fmt: skip
+
+
+def _measure(
+    vlm: VLM, read: _Answers, site: str, cells: Sequence[tuple[Any, int, int | None]], engine: str, memory: Budget
+) -> tuple[Tensor, ...]:
+    """Difference and probability of a batch: patched, each (cell, example), clean, and corrupt, each (example,)."""
+    cache = vlm.capture(read.clean, site, layers=sorted({layer for _, layer, _ in cells}))
     patches = [
         # what the last layer leaves at other positions than the last reaches no answer: a result here, no mistake
         [ActivationPatch(site, [layer], place, None if head is None else [head], source=cache, allow_empty=True)]
         for place, layer, head in cells
     ]
-    read = _Answers(vlm, clean, corrupt, correct, incorrect)
     column: dict[int, tuple[Tensor, Tensor]] = {}
-    for number, outcome in vlm._engine.runs(corrupt, patches, engine, memory):
-        column[number] = read(outcome.logits, clean=False)
-    shape = (len(named), len(at_layers), -1, len(corrupt))
-    difference, probability = (torch.stack([column[n][side] for n in range(len(cells))]).view(shape) for side in (0, 1))
-    ends = [read(vlm.run(batch, engine=engine).logits, clean=batch is clean) for batch in (clean, corrupt)]
-    return PatchingEffect(
-        corruption=corruption, site=site, places=tuple(named), layers=at_layers, heads=at_heads,
-        difference=difference, probability=probability,
-        clean_difference=ends[0][0], corrupt_difference=ends[1][0],
-        clean_probability=ends[0][1], corrupt_probability=ends[1][1], pictures=picture_numbers([clean]),
-    )  # fmt: skip
+    for number, outcome in vlm._engine.runs(read.corrupt, patches, engine, memory):
+        column[number] = read(outcome.logits, read.corrupt)
+    patched = [torch.stack([column[number][side] for number in range(len(cells))]) for side in (0, 1)]
+    ends = [read(vlm.run(batch, engine=engine).logits, batch) for batch in (read.clean, read.corrupt)]
+    return *patched, *ends[0], *ends[1]
 
 
 class _Answers:
-    """Reads the logit difference of the two answers and the probability of the correct one."""
+    """A batch of pairs; reads the logit difference of their two answers and the probability of the correct one."""
 
-    def __init__(self, vlm: VLM, clean: Batch, corrupt: Batch, correct: Answers, incorrect: Answers) -> None:
-        pairs = list(zip(*(_listed(side, len(clean)) for side in (correct, incorrect)), strict=True))
+    def __init__(self, vlm: VLM, clean: Batch, corrupt: Batch, pairs: Sequence[tuple[str | int, str | int]]) -> None:
+        self.clean, self.corrupt = clean, corrupt
         self._ids = {
-            is_clean: [
+            batch: [
                 _token_ids(vlm, pair, end) for pair, end in zip(pairs, prompt_ends(batch, vlm.tokenizer), strict=True)
             ]
-            for is_clean, batch in ((True, clean), (False, corrupt))
+            for batch in (clean, corrupt)
         }
 
-    def __call__(self, logits: Tensor, clean: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         scores = full_precision(logits)
-        right, wrong = log_sums(scores, self._ids[clean]).unbind(dim=-1)
+        right, wrong = log_sums(scores, self._ids[batch]).unbind(dim=-1)
         return right - wrong, (right - scores.logsumexp(dim=-1)).exp()
+
+
+def _readers(
+    vlm: VLM, cleans: Sequence[Batch], corrupts: Sequence[Batch], correct: Answers, incorrect: Answers
+) -> list[_Answers]:
+    """The pairs of answers, dealt to the batches."""
+    count = sum(map(len, cleans))
+    pairs = iter(list(zip(_listed(correct, count), _listed(incorrect, count), strict=True)))
+    return [
+        _Answers(vlm, clean, corrupt, list(itertools.islice(pairs, len(clean))))
+        for clean, corrupt in zip(cleans, corrupts, strict=True)
+    ]
 
 
 def _listed(answers: Answers, count: int) -> list[str | int]:
@@ -303,21 +327,26 @@ def _token_ids(vlm: VLM, pair: tuple[str | int, ...], end: str) -> list[tuple[in
     return ids
 
 
-def _corruption(clean: Batch, corrupt: Batch) -> str:
+def _corruption(cleans: Sequence[Batch], corrupts: Sequence[Batch]) -> str:
     """Which of the two published corruptions the pairs are."""
-    if len(clean) != len(corrupt):
-        raise InterventionError(f"{len(clean)} clean and {len(corrupt)} corrupt examples", expected="pairs")
+    sizes = [list(map(len, side)) for side in (cleans, corrupts)]
+    if sizes[0] != sizes[1]:
+        raise InterventionError(
+            f"{sum(sizes[0])} clean and {sum(sizes[1])} corrupt examples, in batches of {sizes[0]} and {sizes[1]}",
+            expected="pairs, in batches of the same sizes",
+        )
     found = set()
-    for number in range(len(clean)):
-        other_picture = pixels(clean.images[number]) != pixels(corrupt.images[number])
-        other_text = clean.prompts[number] != corrupt.prompts[number]
+    rows = [(*pair, row) for pair in zip(cleans, corrupts, strict=True) for row in range(len(pair[0]))]
+    for number, (clean, corrupt, row) in enumerate(rows):
+        other_picture = pixels(clean.images[row]) != pixels(corrupt.images[row])
+        other_text = clean.prompts[row] != corrupt.prompts[row]
         if other_picture == other_text:
             same = "differ in picture and question" if other_text else "are the same"
             raise InterventionError(
                 f"the two examples of pair {number} {same}",
                 expected="two pictures and one question, or one picture and two questions",
             )
-        lengths = clean.tokens[number].length, corrupt.tokens[number].length
+        lengths = clean.tokens[row].length, corrupt.tokens[row].length
         if other_text and lengths[0] != lengths[1]:
             raise InterventionError(
                 f"the questions of pair {number} have {lengths[0]} and {lengths[1]} tokens",
@@ -326,27 +355,28 @@ def _corruption(clean: Batch, corrupt: Batch) -> str:
             )
         found.add("symmetric token replacement" if other_text else "semantic image pairs")
     if len(found) != 1:
-        raise InterventionError(f"pairs of {' and '.join(sorted(found))}", expected="one kind of corruption")
+        raise InterventionError(
+            f"pairs of {' and '.join(sorted(found)) or 'nothing'}", expected="pairs of one kind of corruption"
+        )
     return found.pop()
 
 
-def _places(clean: Batch, positions: Mapping[str, Any] | Sequence[Any] | None) -> dict[str, Any]:
+def _places(
+    examples: Sequence[TokenMap], positions: Mapping[str, Any] | Sequence[Any] | Selector | None
+) -> dict[str, Any]:
     """The positions to patch, by name."""
     if positions is not None:
-        if isinstance(positions, str):
-            return {positions: positions}
         if isinstance(positions, Mapping):
             return dict(positions)
-        return {str(place): place for place in positions}
-    after = min(_text_after_picture(tokens) for tokens in clean.tokens)
+        return {str(place): place for place in ([positions] if isinstance(positions, str | Selector) else positions)}
     found = {}
-    for back in range(-after, 0):
-        pieces = {tokens.pieces[int(tokens.all[back])] for tokens in clean.tokens}
+    for back in range(-min(map(_text_after_picture, examples)), 0):
+        pieces = {tokens.pieces[int(tokens.all[back])] for tokens in examples}
         found[f"{back}{' ' + repr(pieces.pop().strip(' ')) if len(pieces) == 1 else ''}"] = select.positions(back)
     return found
 
 
-def _text_after_picture(tokens: Any) -> int:
+def _text_after_picture(tokens: TokenMap) -> int:
     pictured = tokens.image
     return int((tokens.all > (pictured.max() if len(pictured) else -1)).sum())
 
