@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from interp_vlm import data, stats
     from interp_vlm.engine.leaks import Leaks, leaks
     from interp_vlm.engine.receipts import Receipt
+    from interp_vlm.engine.sites_of import sites_of
     from interp_vlm.engine.sweep import Sweep
     from interp_vlm.errors import (
         DataError,
@@ -57,6 +58,7 @@ __version__ = "0.1.0"
 _HOME = {
     "interp_vlm.engine.leaks": ("Leaks", "leaks"),
     "interp_vlm.engine.receipts": ("Receipt",),
+    "interp_vlm.engine.sites_of": ("sites_of",),
     "interp_vlm.engine.sweep": ("Sweep",),
     "interp_vlm.errors": (
         "DataError",
@@ -148,6 +150,7 @@ __all__ = [
     "reference_mean",
     "select",
     "self_consistency",
+    "sites_of",
     "stable_neurons",
     "stats",
     "store",
