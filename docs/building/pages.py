@@ -7,6 +7,7 @@ executed; none runs here.
 from __future__ import annotations
 
 import posixpath
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         pages = [path for _, path in nav_pages(config.nav or []) if path.startswith("api/") and path != uri]
         text += "\n".join(names_of(Path(config.docs_dir) / path, package()) for path in pages)
     return text
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Figures open by themselves when they are clicked: some are wider than a page of text."""
+    return re.sub(r'<img [^>]*?src="(?!data:)([^"]+)"[^>]*>', r'<a href="\1">\g<0></a>', html)
 
 
 @cache
