@@ -193,7 +193,10 @@ def write(
     _refuse(names, dtype, examples)
     kept = {name: layers_of(site_named(name), layers, vlm.anatomy) for name in names}
     path, capture = Path(folder), _Capture(vlm, examples, names, positions, layers, scorer, choices)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the folder {path} ({error.strerror})", remedy="choose another") from error
     lock = FileLock(path / ".lock")
     try:
         held = lock.acquire(timeout=0)

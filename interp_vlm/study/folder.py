@@ -103,7 +103,8 @@ class RunFolder:
     @property
     def _saved_settings(self) -> Settings | None:
         file = self.path / "settings.json"
-        return Settings.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+        # bytes that are no UTF-8 stay visible, and are no JSON
+        return Settings.from_json(file.read_text("utf-8", errors="backslashreplace")) if file.is_file() else None
 
     def _check(self, settings: Settings, resume: bool) -> None:
         found = sorted(entry.name for entry in self.path.iterdir() if entry.name != ".lock" and entry.suffix != ".tmp")
@@ -159,7 +160,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def _environment(file: Path) -> dict[str, str]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise StudyError(f"{file} cannot be read ({error})", remedy="choose another --out") from error
 
 

@@ -68,6 +68,7 @@ def fit(
     if precision is not None and recall is not None:
         raise DataError("both --precision and --recall", expected="one threshold", remedy="leave one out")
     chosen = "all" if layers is None else _numbers(layers)
+    _check_place(out)
     vlm = load(model, device_map=device)
     examples = load_data(data, limit=limit, seed=seed)
     with _bar("asking", len(examples)) as done:
@@ -199,6 +200,19 @@ def _opened(folder: Path, model: str | None, device: str | None) -> tuple[Reliab
     revision = {"revision": made.model.revision} if made.model.revision else {}
     vlm = load(model or made.model.name, device_map=device, **revision)
     return made.bind(vlm), vlm
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a folder that cannot be made before hours of work go into what it should hold."""
+    from interp_vlm.errors import DataError
+
+    try:
+        new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        if new:
+            out.rmdir()
+    except OSError as error:
+        raise DataError(f"cannot make the folder {out} ({error.strerror})", remedy="choose another --out") from error
 
 
 def _numbers(text: str) -> list[int]:

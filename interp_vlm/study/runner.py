@@ -128,7 +128,8 @@ def _measure(crew: Crew, plan: Sequence[_Planned], console: Console) -> None:
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    # written to a file, a bar would be one more line beside an error
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
         bars = {}
         for model, name in names.items():
             own = [planned for planned in plan if planned.model == model]

@@ -119,7 +119,7 @@ class Settings:
             saved: dict[str, Any] = json.loads(text)
             lists = {name: tuple(saved[name]) for name in ("models", "claims") if name in saved}
             return cls(**{**saved, **lists, "models": tuple(saved["models"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StudyError(
                 f"settings.json cannot be read ({error})",
                 expected="the settings of a study",

@@ -52,15 +52,15 @@ def vlm() -> iv.VLM:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """command(*words): exit status, standard output and standard error of `interp-vlm` in this process."""
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["interp-vlm", *map(str, words)])
-        capfd.readouterr()
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()
-        out = capfd.readouterr()
+        out = capsys.readouterr()
         return stop.value.code or 0, out.out, out.err  # type: ignore[return-value]
 
     return run
