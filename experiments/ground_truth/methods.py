@@ -22,6 +22,12 @@ SHARP = 0.5
 """Mean attention on one image token from which a head looks important."""
 PARTS = 4
 """Into how many parts a group of cells with an effect is split."""
+ROLES = {
+    "image": iv.select.image,
+    "text before the last": iv.select.all - iv.select.image - iv.select.last,
+    "last": iv.select.last,
+}
+"""Where neurons are patched, all positions of a role at a time."""
 Head = tuple[int, int]
 
 
@@ -37,34 +43,35 @@ def knockout(bench: Bench) -> Found:
     ]
     effects = bench.blocked(blocks)
     heads = _named(bench.heads, bench.counts(effects))
-    ends: set[Any] = set()
-    for layer in sorted(_layers(heads)):
-        own = [head for at, head in heads if at == layer]
-        for side in ("query", "key"):
-
-            def blocked(groups: list[list[int]], own: Any = own, layer: int = layer, side: str = side) -> np.ndarray:
-                return bench.blocked([_end(layer, own, side, places, bench.places[0]) for places in groups])
-
-            ends |= {(layer, side, place) for place in _descend(bench, [bench.places], blocked)}
-    return Found(_layers(heads), heads, ends=frozenset(ends), ranking=_ranking(bench, effects))
+    starts = [
+        [(layer, side, place) for place in bench.places]
+        for layer in sorted(_layers(heads))
+        for side in ("query", "key")
+    ]
+    ends = _descend(bench, starts, lambda groups: bench.blocked([_ends(group, heads, bench) for group in groups]))
+    return Found(_layers(heads), heads, ends=ends, ranking=_ranking(bench, effects))
 
 
-def _end(layer: int, heads: list[int], side: str, places: list[int], first: int) -> iv.AttentionKnockout:
-    """A position that no longer looks, or is no longer looked at, at or by any other.
+def _ends(cells: list[tuple[int, str, int]], heads: frozenset[Any], bench: Bench) -> iv.AttentionKnockout:
+    """A position that no longer looks at any other, or that no other looks at.
 
     Of several positions also those edges between them, and of each to itself, but never those to the first token, so
     that every query keeps a key.
     """
-    here = iv.select.of(places)
-    others = iv.select.all - (here if len(places) == 1 else iv.select.of([first]))
+    layer, side, _ = cells[0]
+    own = [head for at, head in heads if at == layer]
+    first, here = iv.select.of(bench.places[:1]), iv.select.of([place for *_, place in cells])
+    others = iv.select.all - (here if len(cells) == 1 else first)
     if side == "query":
-        return iv.AttentionKnockout(here, others, [layer], heads, allow_empty=True)
-    if len(places) > 1:
-        here, others = here - iv.select.of([first]), iv.select.all
-    return iv.AttentionKnockout(others, here, [layer], heads, allow_empty=True)
+        return iv.AttentionKnockout(here, others, [layer], own, allow_empty=True)
+    if len(cells) > 1:
+        here, others = here - first, iv.select.all
+    return iv.AttentionKnockout(others, here, [layer], own, allow_empty=True)
 
 
-def _descend(bench: Bench, groups: list[list[Any]], effects_of: Callable[[list[list[Any]]], np.ndarray]) -> set[Any]:
+def _descend(
+    bench: Bench, groups: list[list[Any]], effects_of: Callable[[list[list[Any]]], np.ndarray]
+) -> frozenset[Any]:
     """The cells with an effect, found from coarse to fine: groups with an effect are split until they are single."""
     found: set[Any] = set()
     while groups:
@@ -72,7 +79,7 @@ def _descend(bench: Bench, groups: list[list[Any]], effects_of: Callable[[list[l
         effective = [group for group, one in zip(groups, hit, strict=True) if one]
         found |= {group[0] for group in effective if len(group) == 1}
         groups = [part for group in effective if len(group) > 1 for part in _split(group)]
-    return found
+    return frozenset(found)
 
 
 def _split(group: list[Any]) -> list[list[Any]]:
@@ -137,17 +144,19 @@ def _patched(bench: Bench, source: Any, effects_of: Callable[[Sequence[Any]], np
     def cells(groups: list[list[Any]]) -> np.ndarray:
         return effects_of([_patch(cache, "resid_post", g[0][0], [place for _, place in g]) for g in groups])
 
+    def units(groups: list[list[Any]]) -> np.ndarray:
+        return effects_of(
+            [_patch(cache, "mlp_post", g[0][1], ROLES[g[0][0]], units=[unit for *_, unit in g]) for g in groups]
+        )
+
     layers = [[(layer, place) for place in bench.places] for layer in bench.layers]
-    positions = frozenset(_descend(bench, layers, cells)) if stream else None
-    neurons: set[Any] = set()
-    for role in (iv.select.image, iv.select.all - iv.select.image - iv.select.last, iv.select.last):
-
-        def units(groups: list[list[Any]], role: Any = role) -> np.ndarray:
-            return effects_of([_patch(cache, "mlp_post", g[0][0], role, units=[unit for _, unit in g]) for g in groups])
-
-        all_units = [[(layer, unit) for unit in range(bench.vlm.anatomy.d_mlp)] for layer in bench.layers]
-        neurons |= _descend(bench, all_units, units)
-    return Found(_layers(heads), heads, None, positions, frozenset(neurons), _ranking(bench, effects))
+    positions = _descend(bench, layers, cells) if stream else None
+    width = range(bench.vlm.anatomy.d_mlp)
+    by_role = _descend(
+        bench, [[(role, layer, unit) for unit in width] for role in ROLES for layer in bench.layers], units
+    )
+    neurons = frozenset((layer, unit) for _, layer, unit in by_role)
+    return Found(_layers(heads), heads, None, positions, neurons, _ranking(bench, effects))
 
 
 def _patch(cache: iv.Cache, site: str, layer: int, positions: Any = "all", **cells: Any) -> iv.ActivationPatch:
