@@ -103,7 +103,7 @@ class _Example:
         return made
 
     def _left(self, layers: Sequence[int]) -> Bool[np.ndarray, "query key"]:
-        return np.any([self.graph.open(layer) for layer in layers], axis=0)
+        return np.any([self.graph.open[layer] for layer in layers], axis=0)
 
     def _name(self, must: Bool[np.ndarray, " cls"], harmless: Bool[np.ndarray, " cls"]) -> Named:
         """A selector of these classes and at most harmless others: the first that does, or as few as together do, or
@@ -141,7 +141,7 @@ class _Example:
             if sides[0] is None or sides[1] is None:
                 return np.ones_like(edges)
             for layer in indices(knockout.layers, self.graph.n_layers, "layer"):
-                edges[layer] |= sides[0][:, None] & sides[1][None] & self.graph.open(layer)
+                edges[layer] |= sides[0][:, None] & sides[1][None] & self.graph.open[layer]
         return edges
 
     def _selected(self, value: Any) -> Bool[np.ndarray, " cls"] | None:

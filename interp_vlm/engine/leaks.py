@@ -61,7 +61,7 @@ class Leaks:
         >>> knockout = iv.AttentionKnockout("last", "image", layers=range(1, 4))
         >>> found = leaks(vlm, batch, knockout)
         >>> [route.kind for route in found.routes[0]]
-        ['before the window', 'through question tokens', 'through template tokens']
+        ['before the window', 'through template tokens', 'through question tokens']
         >>> leaks(vlm, batch, knockout.closing(vlm, batch)).closed
         True
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from interp_vlm.errors import InterventionError
 
 __all__ = ["Cut", "Path", "RouteGraph", "alike"]
 
-Edges = Callable[[int], np.ndarray]  # a layer's edges, (query, key)
+Edges = Sequence[np.ndarray]  # of each layer, (query, key)
 
 _FAR = np.iinfo(np.int32).max // 2
 _LONGEST = 3  # stops between source and answer that are looked for once a shorter route is known
@@ -112,12 +112,10 @@ class RouteGraph:
         return len(self.kind)
 
     @cached_property
-    def _open(self) -> Bool[np.ndarray, "kind query key"]:
-        return self.left > 0
-
-    def open(self, layer: int) -> Bool[np.ndarray, "query key"]:
-        """The edges of a layer in which any head is left."""
-        return self._open[self.kind[layer]]
+    def open(self) -> Edges:
+        """For each layer, the edges in which any head is left."""
+        kinds = self.left > 0
+        return [kinds[kind] for kind in self.kind]
 
     @cached_property
     def reached(self) -> Bool[np.ndarray, "level cls"]:
@@ -138,7 +136,7 @@ class RouteGraph:
         reached = self.enters & self.present
         for layer in range(self.n_layers):
             here = reached[layer]
-            there = (here & self.stays[layer]) | edges(layer)[:, here].any(axis=1)
+            there = (here & self.stays[layer]) | edges[layer][:, here].any(axis=1)
             reached[layer + 1] |= there & self.present[layer + 1]
         return reached
 
@@ -147,7 +145,7 @@ class RouteGraph:
         leading[-1, self.sink] = self.present[-1, self.sink]
         for layer in reversed(range(self.n_layers)):
             there = leading[layer + 1]
-            here = (there & self.stays[layer]) | edges(layer)[there].any(axis=0)
+            here = (there & self.stays[layer]) | edges[layer][there].any(axis=0)
             leading[layer] = here & self.present[layer]
         return leading
 
@@ -189,8 +187,8 @@ class RouteGraph:
         """The fewest hops from the source group to each node within groups; around: not straight to the answer."""
         within = np.isin(self.groups, groups)
         hops = np.where(self.enters & self.present & (self.groups == start), 0, _FAR)
-        for layer in range(self.n_layers):
-            here, edges = hops[layer], self._edges(layer, start, around)
+        for layer, edges in enumerate(self._edges(start, around)):
+            here = hops[layer]
             there = np.where(self.stays[layer], here, _FAR)
             for steps in np.unique(here[here < _FAR])[::-1]:
                 there[edges[:, here == steps].any(axis=1) & (there > steps)] = steps + 1
@@ -198,22 +196,23 @@ class RouteGraph:
             hops[layer + 1] = np.minimum(hops[layer + 1], there)
         return hops
 
-    def _edges(self, layer: int, start: int, around: bool) -> Bool[np.ndarray, "query key"]:
+    def _edges(self, start: int, around: bool) -> Edges:
         if not around:
-            return self.open(layer)
+            return self.open
         straight = (self.groups == self.groups[self.sink])[:, None] & (self.groups == start)[None]
-        return self.open(layer) & ~straight
+        return [edges & ~straight for edges in self.open]
 
     def _shortest(self, groups: Sequence[int], start: int, around: bool = False) -> Path:
         """The path with the fewest hops within groups, walked back from the answer."""
         hops = self._fewest(groups, start, around)
+        edges = self._edges(start, around)
         level, here, passed = self.n_layers, self.sink, [self.sink]
         while hops[level, here] > 0 or not (self.enters & self.present)[level, here]:
             level -= 1
             if self.stays[level, here] and hops[level, here] == hops[level + 1, here]:
                 continue
-            edges = self._edges(level, start, around)[here]
-            here = int(np.flatnonzero(edges & (hops[level] + 1 == hops[level + 1, here]))[0])
+            before = edges[level][here] & (hops[level] + 1 == hops[level + 1, here])
+            here = int(np.flatnonzero(before)[0])
             passed.append(here)
         order = tuple(int(self.groups[each]) for each in reversed(passed))
         return Path(order, tuple(self._hops(order)))
@@ -227,7 +226,7 @@ class RouteGraph:
         for own in inside[1:]:
             reached.append(np.zeros_like(self.present))
             for layer in range(self.n_layers):
-                moved = self.open(layer)[:, reached[-2][layer]].any(axis=1)
+                moved = self.open[layer][:, reached[-2][layer]].any(axis=1)
                 there = (reached[-1][layer] & self.stays[layer]) | moved
                 reached[-1][layer + 1] = there & own & self.present[layer + 1]
         leading = np.zeros_like(self.present)
@@ -241,7 +240,7 @@ class RouteGraph:
             before = np.zeros_like(self.present)
             layers, keys, queries = [], np.zeros(len(self.members), dtype=bool), np.zeros(len(self.members), dtype=bool)
             for layer in range(self.n_layers):
-                edges = self.open(layer) & leading[layer + 1][:, None]
+                edges = self.open[layer] & leading[layer + 1][:, None]
                 before[layer] = edges.any(axis=0) & inside[step - 1] & self.present[layer]
                 used = edges & reached[step - 1][layer][None]
                 if used.any():
@@ -270,9 +269,7 @@ class RouteGraph:
         """
         may = np.ones(len(self.members), dtype=bool) if keys is None else keys
 
-        def fixed(layer: int) -> np.ndarray:
-            return self.open(layer) & ~may[None]
-
+        fixed = [edges & ~may[None] for edges in self.open]
         near, far = self._forward(fixed), self._backward(fixed)
         if (near & far).any():
             raise InterventionError(
@@ -282,7 +279,7 @@ class RouteGraph:
             )
         side = self._source_side(near, far, may)
         edges = np.stack([
-            self.open(layer) & (side[layer] & self.reached[layer])[None]
+            self.open[layer] & (side[layer] & self.reached[layer])[None]
             & (~side[layer + 1] & self.leading[layer + 1])[:, None]
             for layer in range(self.n_layers)
         ])  # fmt: skip
@@ -336,7 +333,7 @@ class RouteGraph:
             here, there = number[layer], number[layer + 1]
             stay = np.flatnonzero(self.stays[layer] & (here > 1) & (there >= 0))
             parts.append((here[stay], there[stay], np.full(len(stay), -1)))
-            query, key = np.nonzero(self.open(layer) & (there >= 1)[:, None] & ((here == 0) | (here > 1))[None])
+            query, key = np.nonzero(self.open[layer] & (there >= 1)[:, None] & ((here == 0) | (here > 1))[None])
             sizes = np.where(may[key], self._weight(layer)[query, key], -1)
             parts.append((here[key], there[query], sizes))
         tails, heads, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -17,7 +17,7 @@ from interp_vlm.engine.leaks import Leaks, leaks
 from interp_vlm.testbed.planted import Planted, plant
 from tests.engine import reference
 from tests.engine.settings import Setting
-from tests.engine.test_knockout import allowed, edges
+from tests.engine.test_knockout import allowed
 from tests.tiny import FAMILIES
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -64,8 +64,9 @@ CASES: dict[str, tuple[Any, list[Any]]] = {
 
 
 def cases(family: str) -> list[str]:
-    """All cases in three families, a third of them in each other one."""
-    return list(CASES) if family in THREE else list(CASES)[FAMILIES.index(family) % 3 :: 3]
+    """All cases in one family, some of them in each other one."""
+    step = {"llava": 1, "paligemma": 2, "qwen2_vl": 2}.get(family, 4)
+    return list(CASES)[FAMILIES.index(family) % step :: step]
 
 
 @functools.cache
@@ -84,7 +85,10 @@ def by_token(setting: Setting, source: Any, interventions: Sequence[Any], row: i
     wiped: dict[tuple[str, int], set[tuple[int, int]]] = {}  # (head, position)
     for each in interventions:
         if isinstance(each, iv.AttentionKnockout):
-            named = edges(setting, each, len(heads))[row]
+            named = torch.zeros_like(blocked[0])
+            queries, keys = (iv.select.of(value).positions(tokens) for value in (each.queries, each.keys))
+            for head in heads if each.heads is None else each.heads:
+                named[head, queries[:, None], keys] = True
             blocked |= {layer: blocked[layer] | named for layer in numbers(each.layers)}
         elif each.units is None:
             where = iv.select.of("image" if each.site == "projector_out" else each.positions).positions(tokens)
@@ -172,8 +176,7 @@ def test_another_source_changes_the_answer_exactly_where_a_route_is_left(family)
 def test_closing_closes_and_costs_what_it_says(family, among):
     setting = Setting(family)
     vlm, batch = setting.vlm, setting.batch[:1]
-    for case in ("nothing done", "a window", "some heads", "some patches", "question to last", "one head at z",
-                 "pictures wiped, read before", "relays wiped before the last layer"):  # fmt: skip
+    for case in ("nothing done", "some heads", "some patches", "one head at z", "relays wiped before the last layer"):
         source, interventions = CASES[case]
         result = leaks(vlm, batch, interventions, source=source)
         added = result.closing(among)
@@ -252,8 +255,10 @@ def follows(route: Any, made: Planted) -> bool:
     )
 
 
-DETOURS = [(family, detour, seed) for family in THREE for detour in ("question", "prefix", None) for seed in (0, 3)
-           if detour != "prefix" or family == "paligemma"]  # fmt: skip
+DETOURS = [
+    ("llava", None, 0), ("paligemma", None, 1), ("qwen2_vl", None, 2), ("llava", "question", 3),
+    ("paligemma", "question", 4), ("qwen2_vl", "question", 5), ("paligemma", "prefix", 6),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "detour", "seed"), DETOURS)

@@ -146,7 +146,7 @@ def test_every_edge_of_a_path_is_open_and_leads_on():
                 assert set(graph.groups[keys]) == {start}
                 assert set(graph.groups[queries]) == {stop}
                 for layer in layers:
-                    used = graph.open(layer) & queries[:, None] & keys[None]
+                    used = graph.open[layer] & queries[:, None] & keys[None]
                     assert (used & graph.reached[layer][None] & graph.leading[layer + 1][:, None]).any()
             firsts = [layers[0] for layers, _, _ in path.hops]
             lasts = [layers[-1] for layers, _, _ in path.hops]
