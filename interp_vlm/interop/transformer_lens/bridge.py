@@ -21,17 +21,17 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
     """A TransformerLens bridge whose weights are the model's own and whose hooks take effect.
 
     TransformerLens puts its own modules in a model's places and switches it to eager attention. Here it does so to a
-    copy of the modules around the same memory: the model that was given stays as it is, and training it, or loading
-    other weights into it, shows in the bridge. Weight processing of TransformerLens gives the bridge new weights and
-    leaves the model's alone.
+    copy of the modules around the same memory: the model that was given stays as it is, and what is written into its
+    weights (a training step, another state dict) shows in the bridge. Gradients are the bridge's own, and so are the
+    weights that TransformerLens makes when it folds norms into them.
 
     Args:
         vlm: a loaded model.
 
     Returns:
         A `TransformerBridge`; call it, `run_with_cache` or `run_with_hooks` with the inputs of a batch, as
-        `bridge(**batch.inputs)` with `input_ids` named `input`. In float32 its logits are those of the model in eager
-        attention, bit for bit.
+        `bridge(**batch.inputs)` with `input_ids` named `input`. Its logits are those of the model in eager attention,
+        bit for bit.
 
     Raises:
         ModelError: for a family without an adapter, or where TransformerLens is not installed.
@@ -65,7 +65,7 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
 
 def _skeleton(model: nn.Module) -> nn.Module:
     """The same modules anew, around the same tensors."""
-    # Parameters anew too, over the same memory: gradients and new weights of one are not those of the other.
+    # Parameters anew too, over the same memory, so that the model's take no part in what happens to the bridge's.
     tensors = {id(weight): _again(weight) for weight in model.parameters()}
     tensors |= {id(buffer): buffer for buffer in model.buffers()}
     return copy.deepcopy(model, tensors)
