@@ -95,14 +95,12 @@ def verdict(rows: pd.DataFrame) -> str:
         by_family = [f"{exact(int(part.sum()), len(part))} of {name}" for name, part in whole.groupby(level=0)]
         names = ", ".join(dict.fromkeys(own["what"]))
         lines.append(f"- *{method}* names the straight route exactly ({names}) in {'; '.join(by_family)}.")
-    empty = scored[scored["case"].isin(EMPTY) & scored["method"].isin(CAUSAL)]
-    named = empty.groupby(["case", "family", "seed"])["named"].sum() > 0
-    lines.append(
-        f"- Where there is nothing, one of these names something in {exact(int(named.sum()), len(named))} models."
-    )
+    empty = scored[(scored["case"] == "null model") & scored["method"].isin(CAUSAL)]
+    named = empty.groupby(["family", "seed"])["named"].sum() > 0
+    lines.append(f"- One of these names something in {exact(int(named.sum()), len(named))} null models.")
     sharp = scored[(scored["method"] == "attention sharpness") & (scored["case"] == "straight")]
     decoys = averaged(sharp.loc[sharp["what"] == "heads", "decoys"])
-    lines.append(f"- *attention sharpness* names a share of {decoys} of the decoys.")
+    lines.append(f"- *attention sharpness* names this share of the decoys: {decoys}.")
     return "\n".join(lines)
 
 

@@ -261,6 +261,8 @@ def test_what_the_page_says_in_words_is_in_the_rows(kept):
     assert (of["direct logit attribution"]["named"].dropna() == 0).all()
     assert 0.0 < of["probe's onset"]["exact"].mean() < 1.0
     assert (of["L1 neurons"]["recall"] > 0.0).all()
+    same = kept[(kept["case"] == "same answer") & (kept["named"] > 0)]
+    assert (same.loc[same["method"].isin(list(page.CAUSAL)), "on_route"] == 1.0).all()
     assert of["L1 neurons"]["precision"].mean() < 0.75
     backup = kept[(kept["case"] == "backup") & (kept["what"] == "heads")].groupby("method")
     assert backup["recall"].max()["knockout"] == 0.0
@@ -270,6 +272,14 @@ def test_what_the_page_says_in_words_is_in_the_rows(kept):
     detours = kept[(kept["what"] == "cut") & kept["case"].str.contains("detour")].groupby("method")["effect"]
     assert detours.max()[methods.CUTS[1]] < 0.01
     assert detours.min()[methods.CUTS[2]] > 0.99
+
+
+def test_the_route_that_knockout_misses_passes_by_the_first_token(kept):
+    missed = kept[(kept["case"] == "prefix detour") & (kept["method"] == "knockout") & (kept["what"] == "heads")]
+    missed = missed[~missed["exact"].astype(bool)]
+    assert len(missed) == 1
+    planted = plant("paligemma", int(missed["seed"].iloc[0]), detour="prefix")
+    assert planted.route.edges[1].keys == (0,)
 
 
 def test_a_page_without_its_marks_is_refused(kept):
