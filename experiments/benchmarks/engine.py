@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -140,8 +141,11 @@ class Bench:
 
         model: Any = copy.deepcopy(self.vlm.model)
         model.config.architectures = [type(model).__name__]  # by this it finds its adapter
-        name = "llava-hf/llava-1.5-7b-hf"
-        bridge: Any = TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=self.vlm.tokenizer)
+        # Where TransformerLens cannot fetch a model's processor it installs torchvision, and with it another torch: it
+        # is given a folder that holds the processor.
+        with tempfile.TemporaryDirectory() as folder:
+            self.vlm.processor.save_pretrained(folder)
+            bridge: Any = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=self.vlm.tokenizer)
         ids, pixels = self.batch.inputs["input_ids"], self.batch.inputs["pixel_values"]
 
         def run(edit: Edit) -> Tensor:
