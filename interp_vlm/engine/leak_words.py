@@ -88,6 +88,7 @@ def spans(numbers: Sequence[int], most: int = 4) -> str:
 
 
 def role_of(tokens: TokenMap) -> dict[int, str]:
+    """What each position is."""
     return {int(at): role for role in _ROLES for at in tokens.role(role)}
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from tests.engine.settings import Setting
 from tests.engine.test_knockout import allowed
 from tests.tiny import FAMILIES
 
+ROOT = Path(__file__).parents[2]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 THREE = ("llava", "paligemma", "qwen2_vl")
 every_main_family = pytest.mark.parametrize("family", THREE)
@@ -338,6 +342,7 @@ def test_routes_are_told_in_words():
         "  through question tokens: image tokens 2-50 -> question tokens 52-57 at layers 0-2"
         " -> last token 58 at layers 1-3",
     ]
+    assert found.explain() in (ROOT / "docs" / "leaks.md").read_text()
     assert repr(found) == "Leaks(open; routes left by example: 4)"
     one = vlm.leaks(batch, iv.AttentionKnockout("text", 7, layers=[0, 2, 3]), source=7)
     assert one.explain().splitlines()[0] == "image token 7 still reaches the answer by 4 routes"
@@ -451,3 +456,23 @@ def test_closing_starts_with_the_knockout_itself():
         every = knockouts.closing(vlm, batch, edges=among)
         assert every[0] is knockouts
         assert vlm.leaks(batch, every, source="image").closed
+
+
+def test_the_page_shows_what_the_experiment_measures():
+    # loaded by its path: experiments are programs, not part of the package
+    spec = importlib.util.spec_from_file_location("experiment_leaks", ROOT / "experiments" / "leaks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    experiment = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(experiment)
+    page = (ROOT / "docs" / "leaks.md").read_text()
+    assert experiment.HEADER in page
+    for family, detour in experiment.CASES:
+        begun = experiment.row(family, detour, [experiment.Measured(True, 3.0, 1.0, 0.0, 0.0)] * 2).split("2 of 2")[0]
+        assert begun in page
+    measured = experiment.measure("llava", "question", 7, pairs=2)
+    assert measured.named
+    assert measured.routes >= 2
+    assert measured.knockout == pytest.approx(1.0, abs=0.05)
+    assert measured.closed == pytest.approx(measured.unreadable, abs=1e-4)
+    assert measured.closed == pytest.approx(0.0, abs=1e-4)
