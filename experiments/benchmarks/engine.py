@@ -17,8 +17,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
