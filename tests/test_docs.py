@@ -22,8 +22,10 @@ PROGRAMS = [
     "README.md",
     "docs/extending.md",
     "docs/how-the-engine-works.md",
+    "docs/leaks.md",
     "docs/protocols.md",
     "docs/reliability.md",
+    "docs/testbed.md",
     "docs/transformer-lens.md",
 ]
 

@@ -35,7 +35,7 @@ class Receipt:
         changed: attention edges removed (counted per head and layer), or values that are different now.
         unit: "edges" or "values".
         mass_left: attention weight left on blocked edges, the largest over rows, heads and layers; must be 0. None
-            where no attention was blocked.
+            where no attention was blocked. That it is 0 does not mean that the information is gone: see `iv.leaks`.
         unexplained: how far the heads' output at the blocked rows is from what the rebuilt weights make of the values,
             relative to its largest entry: evidence that attention really used the edited mask. None where not measured.
         logit_change: largest change of a logit at the answer position, of all interventions of the run together.
