@@ -116,7 +116,7 @@ def main(
     ] = 20,
     families: Annotated[str, typer.Option(help="Families, with commas between them.")] = ",".join(NAMES),
     pictures: Annotated[int, typer.Option(min=3, help="Pairs of pictures for each model.")] = PICTURES,
-    out: Annotated[Path, typer.Option(help="Folder of the rows, the page and its figure.")] = DOCS,
+    out: Annotated[Path, typer.Option(help="Folder of the rows, the page and its figure.", show_default="docs")] = DOCS,
 ) -> None:
     """Score every localisation method of the library against planted circuits.
 

