@@ -448,9 +448,8 @@ def reference_mean(
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
-    if isinstance(interventions, str) or not isinstance(interventions, Iterable):
-        interventions = [interventions]
-    found = list(interventions)
+    several = isinstance(interventions, Iterable) and not isinstance(interventions, str)
+    found: list[Any] = list(interventions) if several else [interventions]  # type: ignore[arg-type]
     for item in found:
         if not isinstance(item, Intervention):
             raise InterventionError(
