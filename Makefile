@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help study test bench docs peers lint types imports unit clean fuzz
+.PHONY: help study test bench docs peers lint types imports unit clean fuzz validation
 
 help:
 	@echo "make study   study the three embedded models; ends with the path of the report"
@@ -12,6 +12,7 @@ help:
 	@echo "make bench   the benchmarks as one table, some minutes; ARGS=--quick for small sizes"
 	@echo "make docs    the documentation as a site; ends with the path of its first page"
 	@echo "make peers   the same numbers from pyvene, PyTorch hooks and TransformerLens, in an environment of their own"
+	@echo "make validation   each method of localisation against planted circuits, a quarter of an hour; ARGS='--seeds 2' for less"
 	@echo "make fuzz    12,000 cases of bad pictures, files, questions and selectors; CASES=100000 for more"
 	@echo "make clean   remove .venv and caches"
 
@@ -29,6 +30,9 @@ peers: .venv-peers/.ready
 	.venv-peers/bin/python -m pytest -m peers tests/peers $(ARGS)
 
 test: lint types imports unit
+
+validation: .venv/.ready
+	$(BIN)/python -m experiments.ground_truth $(ARGS)
 
 # More cases than the tests try, and other ones at each run; a case that fails is printed whole.
 CASES ?= 12000

@@ -27,6 +27,7 @@ PROGRAMS = [
     "docs/reliability.md",
     "docs/testbed.md",
     "docs/transformer-lens.md",
+    "docs/validation.md",
 ]
 
 

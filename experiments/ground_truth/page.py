@@ -97,7 +97,7 @@ def verdict(rows: pd.DataFrame) -> str:
         lines.append(f"- *{method}* names the straight route exactly ({names}) in {'; '.join(by_family)}.")
     empty = scored[(scored["case"] == "null model") & scored["method"].isin(CAUSAL)]
     named = empty.groupby(["family", "seed"])["named"].sum() > 0
-    lines.append(f"- One of these names something in {exact(int(named.sum()), len(named))} null models.")
+    lines.append(f"- At least one of these names something in {exact(int(named.sum()), len(named))} null models.")
     sharp = scored[(scored["method"] == "attention sharpness") & (scored["case"] == "straight")]
     decoys = averaged(sharp.loc[sharp["what"] == "heads", "decoys"])
     lines.append(f"- *attention sharpness* names this share of the decoys: {decoys}.")

@@ -250,9 +250,13 @@ class Intervention(ABC):
         shown = [
             f"{name}={brief(value)}"
             for name, value in self._fields().items()
-            if name in _ALWAYS or (value is not defaults[name] and fingerprint(value) != fingerprint(defaults[name]))
+            if name in _ALWAYS or defaults[name] is dataclasses.MISSING or _differs(value, defaults[name])
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return value is not default and fingerprint(value) != fingerprint(default)
 
 
 @functools.cache

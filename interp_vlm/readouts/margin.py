@@ -197,7 +197,7 @@ def _direction(vlm: VLM, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     factor = torch.where(stream == 0, gain * scale, normed / stream)
     used = (weights != 0).flatten(0, 1).any(dim=0).nonzero().flatten()  # a few tokens of the vocabulary
     few = weights[..., used].double()
-    with align_module_device(head):  # offloaded weights are brought in
+    with torch.no_grad(), align_module_device(head):  # offloaded weights are brought in
         matrix: Any = head.weight
         bias: Any = getattr(head, "bias", None)
         read = few @ matrix[used].double()

@@ -118,7 +118,8 @@ def _after(module: nn.Module, edit: Edit) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
-    return module.register_forward_hook(hook)
+    # Before Hugging Face's own hooks, which record what a vision layer gives out.
+    return module.register_forward_hook(hook, prepend=True)
 
 
 def _before(module: nn.Module, edit: Edit) -> Any:

@@ -28,6 +28,16 @@ def made():
     return made
 
 
+def test_weights_that_are_being_trained_give_plain_numbers(made):
+    vlm, batch = made("llava")
+    vlm.model.requires_grad_(True)
+    try:
+        assert not head_contributions(vlm, batch, correct="yes").heads.requires_grad
+        assert not iv.truth_margin(vlm, batch, correct="yes").margin.requires_grad
+    finally:
+        vlm.model.requires_grad_(False)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_add_up_to_the_attention_part_of_the_margin(made, family):
     vlm, batch = made(family)
