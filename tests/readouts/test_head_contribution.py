@@ -33,7 +33,7 @@ def test_weights_that_are_being_trained_give_plain_numbers(made):
     vlm.model.requires_grad_(True)
     try:
         assert not head_contributions(vlm, batch, correct="yes").heads.requires_grad
-        assert not iv.truth_margin(vlm, batch, correct="yes").margin.requires_grad
+        assert not iv.truth_margin(vlm, batch, correct="yes").attention.requires_grad
     finally:
         vlm.model.requires_grad_(False)
 
