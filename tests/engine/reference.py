@@ -118,8 +118,7 @@ def _after(module: nn.Module, edit: Edit) -> Any:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
-    # Before Hugging Face's own hooks, which record what a vision layer gives out.
-    return module.register_forward_hook(hook, prepend=True)
+    return module.register_forward_hook(hook)
 
 
 def _before(module: nn.Module, edit: Edit) -> Any:

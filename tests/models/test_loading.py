@@ -88,7 +88,7 @@ def one_line(refused) -> str:
     return message
 
 
-@pytest.mark.parametrize("name", ["./absent", "/no/such/folder", "~/absent", "a/b/c", "../x"])
+@pytest.mark.parametrize("name", ["./absent", "/no/such/folder", "~/absent", "a/b/c", "../absent"])
 def test_a_missing_folder(name):
     with pytest.raises(ModelError, match="there is no model folder") as refused:
         load(name)
