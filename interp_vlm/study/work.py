@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_vlm.errors import StudyError
-from interp_vlm.study.folder import write_frame
+from interp_vlm.study.folder import parquet
 from interp_vlm.study.settings import Settings
 
 if TYPE_CHECKING:
@@ -29,17 +31,64 @@ if TYPE_CHECKING:
     from interp_vlm.study.experiment import Bench
     from interp_vlm.study.material import Shard
 
-__all__ = ["Crew", "Task", "describe", "measure", "summarise"]
+__all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "summarise"]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A function of this module with its arguments, and what it counts for on a progress bar."""
+    """A function of this module with its arguments, and what it counts for on a progress bar.
+
+    A unit of work also says which file its result belongs in, and which examples it is about.
+    """
 
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     label: str = ""
     weight: int = 1
+    path: Path = Path()
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A task that was given up: its last error, and how often it was tried."""
+
+    task: Task
+    error: Exception
+    tries: int
+
+    @property
+    def unit(self) -> str:
+        """Its name: experiment, model and number of the shard."""
+        return "/".join(self.task.path.with_suffix("").parts[-3:]) or f"{self.task.call.__name__} {self.task.label}"
+
+
+class UnitsFailed(StudyError):
+    """Units of work that failed while all others were done."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        self.failures, first = failures, failures[0]
+        examples = f", examples {first.task.examples[0]} to {first.task.examples[-1]}" if first.task.examples else ""
+        others = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+        super().__init__(
+            f"a unit of work failed, tried {first.tries} times: {first.unit}{examples} "
+            f"({type(first.error).__name__}: {first.error}){others}",
+            remedy="the rest is done and saved, the run folder's failed.json names every example; "
+            "--resume tries these again",
+        )
+
+    def as_json(self) -> str:
+        """Every failed unit with its examples and its error."""
+        found = [
+            {
+                "unit": failure.unit,
+                "examples": failure.task.examples,
+                "tries": failure.tries,
+                "error": f"{type(failure.error).__name__}: {failure.error}",
+            }
+            for failure in self.failures
+        ]
+        return json.dumps(found, indent=1) + "\n"
 
 
 class Crew(AbstractContextManager["Crew"]):
@@ -50,8 +99,10 @@ class Crew(AbstractContextManager["Crew"]):
         workers: number of processes.
     """
 
+    title = ""
+
     def __init__(self, settings: Settings, workers: int) -> None:
-        self._settings, self._pool, self._threads = settings, None, 0
+        self._settings, self._workers, self._pool, self._threads = settings, workers, None, 0
         if workers == 1:
             _HELD.clear()
             _HELD["settings"] = settings
@@ -67,7 +118,7 @@ class Crew(AbstractContextManager["Crew"]):
             workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,)
         )
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Run tasks and yield each with its result as it is finished, in any order.
 
         Raises:
@@ -78,8 +129,13 @@ class Crew(AbstractContextManager["Crew"]):
                 yield task, task.call(*task.arguments)
             return
         try:
-            waiting: dict[Future[Any], Task] = {self._pool.submit(task.call, *task.arguments): task for task in tasks}
-            while waiting:
+            left, waiting = iter(tasks), dict[Future[Any], Task]()
+            while True:
+                # few at a time: arguments and results may be whole tables
+                for task in islice(left, 2 * self._workers - len(waiting)):
+                    waiting[self._pool.submit(task.call, *task.arguments)] = task
+                if not waiting:
+                    return
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield waiting.pop(future), future.result()
@@ -107,6 +163,11 @@ def _prepare(settings: Settings) -> None:
     """Make a worker process ready."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process: end without a traceback
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    hold(settings)
+
+
+def hold(settings: Settings) -> None:
+    """Hold the settings in a process that only works: one thread, and no progress of its own."""
     import torch
     from transformers.utils import logging
 
@@ -173,21 +234,21 @@ def describe(model: str, example: Example) -> dict[str, Any]:
     }
 
 
-def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], path: Path) -> None:
-    """Measure one shard and save its rows."""
+def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]]) -> bytes:
+    """Measure one shard: its rows as a Parquet file, which the study's own process writes."""
     from interp_vlm.study.experiments import EXPERIMENTS
 
-    write_frame(path, EXPERIMENTS[experiment].measure(_bench(model, aside), shard))
+    return parquet(EXPERIMENTS[experiment].measure(_bench(model, aside), shard))
 
 
-def summarise(experiment: str, parts: Sequence[Path]) -> pd.DataFrame:
-    """The tidy table of one model's parts."""
+def summarise(experiment: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table of one model's rows."""
     from threadpoolctl import threadpool_limits
 
     from interp_vlm.study.experiments import EXPERIMENTS
 
     with threadpool_limits(limits=1):
-        return EXPERIMENTS[experiment].summarise(joined(parts), _HELD["settings"])
+        return EXPERIMENTS[experiment].summarise(rows, _HELD["settings"])
 
 
 def joined(parts: Sequence[Path]) -> pd.DataFrame:
