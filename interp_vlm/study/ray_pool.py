@@ -14,7 +14,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from math import floor
 from pathlib import Path
@@ -106,6 +106,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, _Try]] = {}
         self._sent: dict[int, tuple[Any, Any]] = {}  # with the argument, so that its id stays its own
+        self._messages = redirect_stdout(sys.stderr)  # Ray prints what it sees of dead workers
         self.peaks: dict[str, int] = {}
         self.repeated = 0
 
@@ -124,6 +125,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
 
     def __enter__(self) -> RayCrew:
         ray = _connected(self._address, self._asked or os.cpu_count() or 1)
+        self._messages.__enter__()
         try:
             room = _room(ray.nodes(), self._settings, self._gpus)
             if not room:
@@ -139,7 +141,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             for _ in range(self._asked or room):
                 self._await(actor.remote(self._settings, str(Path.cwd())))
         except BaseException:
-            ray.shutdown()
+            self.__exit__()
             raise
         return self
 
@@ -153,6 +155,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         for held in (self._idle, self._starting, self._busy, self._sent):
             held.clear()
         ray.shutdown()
+        self._messages.__exit__(None, None, None)
 
     def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Run tasks and yield each with its result as it is finished, in any order.
@@ -241,6 +244,8 @@ class RayCrew(AbstractContextManager["RayCrew"]):
 def _connected(address: str, cores: int) -> Any:
     """Ray, connected."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local":  # Ray's ports, which ask for no password, then listen on the loopback alone
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
         from ray.exceptions import RayError

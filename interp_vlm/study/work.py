@@ -60,18 +60,21 @@ class Failure:
     @property
     def unit(self) -> str:
         """Its name: experiment, model and number of the shard."""
-        return "/".join(self.task.path.with_suffix("").parts[-3:]) or f"{self.task.call.__name__} {self.task.label}"
+        name = "/".join(self.task.path.parts[-3:]).removesuffix(".parquet")
+        return name or f"{self.task.call.__name__} {self.task.label}"
 
 
 class UnitsFailed(StudyError):
     """Units of work that failed while all others were done."""
 
     def __init__(self, failures: Sequence[Failure]) -> None:
-        self.failures, first = failures, failures[0]
+        self.failures = sorted(failures, key=lambda failure: failure.unit)
+        first = self.failures[0]
+        tries = "once" if first.tries == 1 else f"{first.tries} times"
         examples = f", examples {first.task.examples[0]} to {first.task.examples[-1]}" if first.task.examples else ""
         others = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
         super().__init__(
-            f"a unit of work failed, tried {first.tries} times: {first.unit}{examples} "
+            f"a unit of work failed, tried {tries}: {first.unit}{examples} "
             f"({type(first.error).__name__}: {first.error}){others}",
             remedy="the rest is done and saved, the run folder's failed.json names every example; "
             "--resume tries these again",
