@@ -102,6 +102,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             missing = "--gpus-per-worker" if on_gpu else "--device cuda"
             raise StudyError(f"{found} on Ray without {missing}", remedy=f"pass {missing} too")
         self._settings, self._address, self._asked, self._gpus = settings, address, workers, gpus_per_worker
+        self._room = 0
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, _Try]] = {}
@@ -113,8 +114,8 @@ class RayCrew(AbstractContextManager["RayCrew"]):
     @property
     def title(self) -> str:
         """Who works, in words."""
-        number = self._asked or len(self._idle) + len(self._starting) + len(self._busy)
-        return f"{number} worker{'s' * (number != 1)} on Ray"
+        number = self._asked or self._room
+        return f"{number or ''} worker{'s' * (number != 1)} on Ray".strip()
 
     @property
     def summary(self) -> str:
@@ -127,8 +128,8 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         ray = _connected(self._address, self._asked or os.cpu_count() or 1)
         self._messages.__enter__()
         try:
-            room = _room(ray.nodes(), self._settings, self._gpus)
-            if not room:
+            self._room = _room(ray.nodes(), self._settings, self._gpus)
+            if not self._room:
                 raise StudyError(
                     f"the Ray cluster {self._address} has no room for a worker",
                     expected=f"a machine with a free core and {self._gpus:g} GPUs",
@@ -138,7 +139,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             actor = ray.remote(
                 num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
             )(Worker)
-            for _ in range(self._asked or room):
+            for _ in range(self._asked or self._room):
                 self._await(actor.remote(self._settings, str(Path.cwd())))
         except BaseException:
             self.__exit__()
