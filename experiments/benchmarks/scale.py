@@ -1,6 +1,6 @@
 """What a study gains from a second worker on Ray, and how much memory each worker takes.
 
-    python experiments/benchmarks/scale.py                    # 300 questions, two rounds, some minutes
+    python experiments/benchmarks/scale.py                    # 600 questions, some minutes
     python experiments/benchmarks/scale.py --limit 60         # smaller; needs two free cores either way
 
 The same study runs with one worker and with two, in turns, each on a Ray cluster of this machine that is started for
@@ -57,7 +57,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for part in ("tables", "examples") for path in (folder / part).iterdir()}
 
 
-def compare(limit: int | None, rounds: int, claims: tuple[str, ...] = ("all",)) -> dict[str, Any]:
+def compare(limit: int, rounds: int, claims: tuple[str, ...] = ("all",)) -> dict[str, Any]:
     """Seconds by number of workers and round, and the largest peak of any worker."""
     settings = Settings(models=("testbed:llava",), limit=limit, claims=claims)
     seconds: dict[int, list[dict[str, float]]] = {1: [], 2: []}
@@ -88,7 +88,7 @@ def compare(limit: int | None, rounds: int, claims: tuple[str, ...] = ("all",)) 
 
 def rows(quick: bool = False) -> list[dict[str, Any]]:
     """What `make bench` shows: the gain in time, and the memory of a worker."""
-    found = compare(6, 1, ("A1",)) if quick else compare(None, 2)
+    found = compare(6, 1, ("A1",)) if quick else compare(600, 1)
     setting = f"{found['questions']} questions, testbed:llava, {found['cores']} cores, load {found['load']}"
     gains = [
         {
@@ -117,8 +117,8 @@ def rows(quick: bool = False) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=int, help="questions, by default 300")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each runs")
+    parser.add_argument("--limit", type=int, default=600, help="questions")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each runs")
     parser.add_argument("--claims", default="all", help="as interp-vlm study takes them: A1 is a small study")
     options = parser.parse_args()
     print(json.dumps(compare(options.limit, options.rounds, tuple(options.claims.split(",")))))

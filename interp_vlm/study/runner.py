@@ -72,7 +72,7 @@ def run_study(
             facts = _describe(hands, settings, material)
         same = {"examples": material.fingerprint, "claims": fingerprint(claims)}
         folder.begin(settings, {**same, **{model: known["weights"] for model, known in facts.items()}})
-        plan = _plan(folder, settings, material)
+        plan = _plan(folder, settings, material, {model: known["weights"] for model, known in facts.items()})
         failed = folder.path / "failed.json"
         failed.unlink(missing_ok=True)
         try:
@@ -98,12 +98,20 @@ class _Planned:
     shards: tuple[Shard, ...]
     paths: tuple[Path, ...]
     aside: Mapping[str, tuple[Any, ...]]
+    weights: str
 
     def tasks(self) -> list[Task]:
         """What is not done yet."""
         name = self.experiment.name
         return [
-            Task(measure, (self.model, name, shard, self.aside), self.model, self._weight(shard), path, shard.ids)
+            Task(
+                measure,
+                (self.model, name, shard, self.aside, self.weights),
+                self.model,
+                self._weight(shard),
+                path,
+                shard.ids,
+            )
             for shard, path in zip(self.shards, self.paths, strict=True)
             if not path.is_file()
         ]
@@ -122,7 +130,7 @@ def _describe(crew: Crew | RayCrew, settings: Settings, material: Material) -> d
     return {model: found[model] for model in settings.models}
 
 
-def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Planned]:
+def _plan(folder: RunFolder, settings: Settings, material: Material, weights: Mapping[str, str]) -> list[_Planned]:
     from interp_vlm.study.experiments import EXPERIMENTS
     from interp_vlm.study.material import shards
 
@@ -135,7 +143,7 @@ def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Pl
             cut = tuple(shards(experiment.material(material), settings.shard_size))
             paths = tuple(folder.part(experiment.name, names[model], shard.number) for shard in cut)
             if cut:
-                plan.append(_Planned(experiment, model, cut, paths, aside))
+                plan.append(_Planned(experiment, model, cut, paths, aside, weights[model]))
     return plan
 
 
@@ -148,7 +156,10 @@ def _measure(crew: Crew | RayCrew, plan: Sequence[_Planned], console: Console) -
     )  # fmt: skip
     # written to a file, a bar would be one more line beside an error
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        # model by model, so that each is loaded once; large units first, so that no worker ends long after another
+        order = list(names)
         tasks = [task for planned in plan for task in planned.tasks()]
+        tasks.sort(key=lambda task: (order.index(task.label), -task.weight))
         bars = {}
         for title in dict.fromkeys(crew.title or name for name in names.values()):
             own = [model for model, name in names.items() if title in (crew.title, name)]

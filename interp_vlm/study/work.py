@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_vlm.errors import StudyError
+from interp_vlm.errors import ModelError, StudyError
 from interp_vlm.study.folder import parquet
 from interp_vlm.study.settings import Settings
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from interp_vlm.data.example import Example
     from interp_vlm.study.experiment import Bench
     from interp_vlm.study.material import Shard
+    from interp_vlm.vlm import VLM
 
 __all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "summarise"]
 
@@ -196,6 +198,7 @@ def _bench(model: str, aside: Mapping[str, tuple[Example, ...]] | None = None) -
 
     if _HELD.get("model") != model:
         _HELD.pop("bench", None)
+        _HELD.pop("weights", None)
         gc.collect()
         options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
         _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"]), model
@@ -215,10 +218,6 @@ def describe(model: str, example: Example) -> dict[str, Any]:
     """
     vlm = _bench(model).vlm
     anatomy, tokens = vlm.anatomy, vlm.encode(example.image, example.question).tokens[0]
-    digest = hashlib.sha256()
-    for name, weight in vlm.model.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
     return {
         "architecture": anatomy.architecture,
         "family": anatomy.family,
@@ -233,15 +232,38 @@ def describe(model: str, example: Example) -> dict[str, Any]:
         "prompt_tokens": len(tokens.all),
         "dtype": str(vlm.dtype).removeprefix("torch."),
         "device": vlm.device.type,
-        "weights": digest.hexdigest()[:16],
+        "weights": _weights(vlm),
     }
 
 
-def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]]) -> bytes:
-    """Measure one shard: its rows as a Parquet file, which the study's own process writes."""
+def _weights(vlm: VLM) -> str:
+    """A fingerprint of a model's weights, from some of each."""
+    digest = hashlib.sha256()
+    for name, weight in vlm.model.named_parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], weights: str) -> bytes:
+    """Measure one shard: its rows as a Parquet file, which the study's own process writes.
+
+    Raises:
+        ModelError: when the model here has other weights than where the study was begun: another revision in this
+            machine's cache, or a folder that has changed.
+    """
     from interp_vlm.study.experiments import EXPERIMENTS
 
-    return parquet(EXPERIMENTS[experiment].measure(_bench(model, aside), shard))
+    bench = _bench(model, aside)
+    if "weights" not in _HELD:
+        _HELD["weights"] = _weights(bench.vlm)
+    if _HELD["weights"] != weights:
+        raise ModelError(
+            f"model {model} on {socket.gethostname()} has other weights than where the study was begun",
+            expected="the same files everywhere",
+            remedy="fetch the same revision there, and go on with --resume",
+        )
+    return parquet(EXPERIMENTS[experiment].measure(bench, shard))
 
 
 def summarise(experiment: str, rows: pd.DataFrame) -> pd.DataFrame:

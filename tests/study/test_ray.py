@@ -22,10 +22,11 @@ from PIL import Image
 from interp_vlm.cli import main
 from interp_vlm.errors import ModelError, StudyError
 from interp_vlm.study import ray_pool
+from interp_vlm.study.material import load_material, shards
 from interp_vlm.study.ray_pool import TRIES, RayCrew
 from interp_vlm.study.runner import run_study
 from interp_vlm.study.settings import Settings
-from interp_vlm.study.work import Task, UnitsFailed
+from interp_vlm.study.work import Crew, Task, UnitsFailed, measure
 from interp_vlm.vlm import load
 
 SETTINGS = Settings(models=("testbed:llava",), limit=12, shard_size=6, claims=("A1",), seed=5)
@@ -237,6 +238,12 @@ def test_workers_of_other_versions_are_refused(cluster, quiet, tmp_path):
     finally:
         cluster.remove_node(node)
     assert not list((tmp_path / "run").glob("parts/*"))
+
+
+def test_a_model_with_other_weights_on_a_worker_is_refused():
+    shard = shards(load_material(SETTINGS).conditions, 6)[0]
+    with Crew(SETTINGS, 1) as crew, pytest.raises(ModelError, match=r"testbed:llava on .* has other weights"):
+        list(crew.run([Task(measure, ("testbed:llava", "accuracy", shard, {}, "0" * 16))]))
 
 
 def test_a_cluster_without_room_and_a_cluster_that_is_gone(cluster, monkeypatch):
