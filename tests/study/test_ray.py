@@ -96,7 +96,7 @@ def _meanwhile(folder: Path, finished: int, act) -> threading.Thread:
     """Begins to call `act`, until it says that it is done, once so many units are finished."""
 
     def watch() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while len(list(folder.glob("parts/*/*/*.parquet"))) < finished and time.monotonic() < deadline:
             time.sleep(0.002)
         while not act() and time.monotonic() < deadline:
