@@ -46,8 +46,17 @@ def study(
         ),
     ] = "all",
     workers: Annotated[
-        int | None, typer.Option(help="Processes.", show_default="one a core for the embedded models, else 1")
+        int | None,
+        typer.Option(
+            help="Processes, or workers on Ray.",
+            show_default="one a core for the embedded models, else 1; all that the Ray cluster has room for",
+        ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Work on Ray: local, auto (the cluster of this machine), or HOST:PORT of a cluster's head."),
+    ] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker on Ray; a share is allowed.")] = 0.0,
 ) -> None:
     """Study what the answers of one or more models rest on, judge published claims about it, and write a report.
 
@@ -58,6 +67,7 @@ def study(
     """
     from interp_vlm.errors import StudyError
     from interp_vlm.study.folder import free_folder
+    from interp_vlm.study.ray_pool import RayCrew
     from interp_vlm.study.runner import run_study
     from interp_vlm.study.settings import EMBEDDED, Settings
 
@@ -70,10 +80,15 @@ def study(
         on_error="skip" if skip_broken else "raise", device=device,
         claims=tuple(name.strip() for name in claims.split(",")),
     )  # fmt: skip
+    if ray is None and gpus_per_worker:
+        raise StudyError(f"--gpus-per-worker {gpus_per_worker:g} without --ray", remedy="pass --ray local too")
+    crew = None if ray is None else RayCrew(settings, ray, workers, gpus_per_worker)
     folder = free_folder(Path("runs")) if out is None else out
     try:
-        report = run_study(settings, folder, resume=resume, workers=workers)
+        report = run_study(settings, folder, resume=resume, workers=workers, crew=crew)
     except KeyboardInterrupt:
         typer.echo(f"stopped; go on with --resume --out {folder}", err=True)
         raise
+    if crew is not None:
+        typer.echo(crew.summary, err=True)
     typer.echo(f"report: {report.resolve()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from interp_vlm.study.settings import Settings
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["RunFolder", "free_folder", "write_bytes", "write_frame"]
+__all__ = ["RunFolder", "free_folder", "parquet", "versions", "write_bytes", "write_frame"]
 
 _PACKAGES = (
     *("interp-vlm", "torch", "transformers", "nnsight", "numpy", "scipy", "scikit-learn", "pandas", "pyarrow"),
@@ -82,7 +83,7 @@ class RunFolder:
         Raises:
             StudyError: other versions, examples or weights than the study was started with.
         """
-        now = {**{name: version(name) for name in _PACKAGES}, **facts}
+        now = {**versions(), **facts}
         file = self.path / "environment.json"
         if self._saved_settings is not None and file.is_file():
             before = _environment(file)
@@ -123,6 +124,11 @@ class RunFolder:
             raise _differently(self.path, changed)
 
 
+def versions() -> dict[str, str]:
+    """The installed versions of everything that decides a study's numbers."""
+    return {name: version(name) for name in _PACKAGES}
+
+
 def free_folder(parent: Path) -> Path:
     """The first `study-N` in a folder that does not exist yet."""
     taken = {entry.name for entry in parent.iterdir()} if parent.is_dir() else set()
@@ -148,13 +154,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise StudyError(f"cannot write {path} ({_why(error)})", remedy="make room or choose another --out") from error
 
 
-def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Write a table as Parquet, whole or not at all."""
-    import io
-
+def parquet(frame: pd.DataFrame) -> bytes:
+    """A table as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """Write a table as Parquet, whole or not at all."""
+    write_bytes(path, parquet(frame))
 
 
 def _environment(file: Path) -> dict[str, str]:

@@ -46,6 +46,11 @@ class Shard:
         """The items that are pairs."""
         return [item for item in self.items if isinstance(item, Pair)]
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The ids of its examples; of a pair, of the clean one."""
+        return tuple(item.clean.id if isinstance(item, Pair) else item.id for item in self.items)
+
 
 @dataclass(frozen=True, eq=False)
 class Material:

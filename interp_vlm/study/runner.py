@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from interp_vlm.study.claim import fingerprint, load_claims
 from interp_vlm.study.folder import RunFolder, write_bytes, write_frame
 from interp_vlm.study.settings import Settings, short_names
-from interp_vlm.study.work import Crew, Task, describe, joined, measure, summarise
+from interp_vlm.study.work import Crew, Task, UnitsFailed, describe, joined, measure, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from interp_vlm.study.claim import Claim
     from interp_vlm.study.experiment import Experiment
     from interp_vlm.study.material import Material, Shard
+    from interp_vlm.study.ray_pool import RayCrew
 
 __all__ = ["default_workers", "run_study"]
 
@@ -32,7 +33,13 @@ def default_workers(settings: Settings) -> int:
 
 
 def run_study(
-    settings: Settings, out: Path, *, resume: bool = False, workers: int | None = None, console: Console | None = None
+    settings: Settings,
+    out: Path,
+    *,
+    resume: bool = False,
+    workers: int | None = None,
+    console: Console | None = None,
+    crew: RayCrew | None = None,
 ) -> Path:
     """Run a study, or go on with one.
 
@@ -42,28 +49,39 @@ def run_study(
         resume: go on with the study in `out`; what was finished is not done again.
         workers: processes; by default see `default_workers`. The numbers do not depend on it.
         console: where progress is shown; by default standard error.
+        crew: who works instead of processes of this machine.
 
     Returns:
         The path of the report.
 
     Raises:
-        StudyError: the folder holds something else, or was started differently; a claim that cannot be read.
+        StudyError: the folder holds something else, or was started differently; a claim that cannot be read; on a
+            cluster, units that failed (`UnitsFailed`) while all others were done.
         ModelError, DataError: a model or data that cannot be read; nothing has been written then.
     """
     claims = load_claims(settings.claims)
     folder, console = RunFolder(out), console or Console(stderr=True)
-    with folder.opened(settings, resume), Crew(settings, workers or default_workers(settings)) as crew:
+    with (
+        folder.opened(settings, resume),
+        crew or Crew(settings, workers or default_workers(settings)) as hands,
+    ):
         from interp_vlm.study.material import load_material
 
         material = load_material(settings)
         with console.status("loading the models"):
-            facts = _describe(crew, settings, material)
+            facts = _describe(hands, settings, material)
         same = {"examples": material.fingerprint, "claims": fingerprint(claims)}
         folder.begin(settings, {**same, **{model: known["weights"] for model, known in facts.items()}})
-        plan = _plan(folder, settings, material)
-        _measure(crew, plan, console)
+        plan = _plan(folder, settings, material, {model: known["weights"] for model, known in facts.items()})
+        failed = folder.path / "failed.json"
+        failed.unlink(missing_ok=True)
+        try:
+            _measure(hands, plan, console)
+        except UnitsFailed as error:
+            write_bytes(failed, error.as_json().encode())
+            raise
         with console.status("tables and report"):
-            tables = _tables(crew, plan, folder, settings)
+            tables = _tables(hands, plan, folder, settings)
             if claims:
                 tables["claims"] = _verdicts(claims, tables, facts, folder, settings)
             from interp_vlm.study.report import write_report
@@ -80,12 +98,20 @@ class _Planned:
     shards: tuple[Shard, ...]
     paths: tuple[Path, ...]
     aside: Mapping[str, tuple[Any, ...]]
+    weights: str
 
     def tasks(self) -> list[Task]:
         """What is not done yet."""
         name = self.experiment.name
         return [
-            Task(measure, (self.model, name, shard, self.aside, path), self.model, self._weight(shard))
+            Task(
+                measure,
+                (self.model, name, shard, self.aside, self.weights),
+                self.model,
+                self._weight(shard),
+                path,
+                shard.ids,
+            )
             for shard, path in zip(self.shards, self.paths, strict=True)
             if not path.is_file()
         ]
@@ -98,13 +124,13 @@ class _Planned:
         return sum(map(self._weight, self.shards))
 
 
-def _describe(crew: Crew, settings: Settings, material: Material) -> dict[str, dict[str, Any]]:
+def _describe(crew: Crew | RayCrew, settings: Settings, material: Material) -> dict[str, dict[str, Any]]:
     example = next(iter(material.conditions.values()))[0]
     found = {task.label: facts for task, facts in crew.run([Task(describe, (m, example), m) for m in settings.models])}
     return {model: found[model] for model in settings.models}
 
 
-def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Planned]:
+def _plan(folder: RunFolder, settings: Settings, material: Material, weights: Mapping[str, str]) -> list[_Planned]:
     from interp_vlm.study.experiments import EXPERIMENTS
     from interp_vlm.study.material import shards
 
@@ -117,12 +143,12 @@ def _plan(folder: RunFolder, settings: Settings, material: Material) -> list[_Pl
             cut = tuple(shards(experiment.material(material), settings.shard_size))
             paths = tuple(folder.part(experiment.name, names[model], shard.number) for shard in cut)
             if cut:
-                plan.append(_Planned(experiment, model, cut, paths, aside))
+                plan.append(_Planned(experiment, model, cut, paths, aside, weights[model]))
     return plan
 
 
-def _measure(crew: Crew, plan: Sequence[_Planned], console: Console) -> None:
-    """Do every shard that is not done, with a bar for each model."""
+def _measure(crew: Crew | RayCrew, plan: Sequence[_Planned], console: Console) -> None:
+    """Do every shard that is not done, with a bar for each model, or one for the whole of a cluster."""
     names = short_names(list(dict.fromkeys(planned.model for planned in plan)))
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
@@ -130,22 +156,31 @@ def _measure(crew: Crew, plan: Sequence[_Planned], console: Console) -> None:
     )  # fmt: skip
     # written to a file, a bar would be one more line beside an error
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        # model by model, so that each is loaded once; large units first, so that no worker ends long after another
+        order = list(names)
+        tasks = [task for planned in plan for task in planned.tasks()]
+        tasks.sort(key=lambda task: (order.index(task.label), -task.weight))
         bars = {}
-        for model, name in names.items():
-            own = [planned for planned in plan if planned.model == model]
-            left = sum(task.weight for planned in own for task in planned.tasks())
-            total = sum(planned.total for planned in own)
-            bars[model] = progress.add_task(name, total=total, completed=total - left)
-        for task, _ in crew.run([task for planned in plan for task in planned.tasks()]):
+        for title in dict.fromkeys(crew.title or name for name in names.values()):
+            own = [model for model, name in names.items() if title in (crew.title, name)]
+            left = sum(task.weight for task in tasks if task.label in own)
+            total = sum(planned.total for planned in plan if planned.model in own)
+            bars |= dict.fromkeys(own, progress.add_task(title, total=total, completed=total - left))
+        for task, content in crew.run(tasks):
+            write_bytes(task.path, content)
             progress.advance(bars[task.label], task.weight)
 
 
-def _tables(crew: Crew, plan: Sequence[_Planned], folder: RunFolder, settings: Settings) -> dict[str, pd.DataFrame]:
+def _tables(
+    crew: Crew | RayCrew, plan: Sequence[_Planned], folder: RunFolder, settings: Settings
+) -> dict[str, pd.DataFrame]:
     """Per experiment the examples and the tidy table of all models, written and returned."""
     import pandas as pd
 
     names = short_names(settings.models)
-    tasks = [Task(summarise, (p.experiment.name, p.paths), f"{p.experiment.name}/{names[p.model]}") for p in plan]
+    tasks = (
+        Task(summarise, (p.experiment.name, joined(p.paths)), f"{p.experiment.name}/{names[p.model]}") for p in plan
+    )
     found: Mapping[str, pd.DataFrame] = {task.label: table for task, table in crew.run(tasks)}
     tables = {}
     for experiment in dict.fromkeys(planned.experiment.name for planned in plan):

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import os
 import signal
+import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from interp_vlm.errors import StudyError
-from interp_vlm.study.folder import write_frame
+from interp_vlm.errors import ModelError, StudyError
+from interp_vlm.study.folder import parquet
 from interp_vlm.study.settings import Settings
 
 if TYPE_CHECKING:
@@ -28,18 +31,69 @@ if TYPE_CHECKING:
     from interp_vlm.data.example import Example
     from interp_vlm.study.experiment import Bench
     from interp_vlm.study.material import Shard
+    from interp_vlm.vlm import VLM
 
-__all__ = ["Crew", "Task", "describe", "measure", "summarise"]
+__all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "summarise"]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A function of this module with its arguments, and what it counts for on a progress bar."""
+    """A function of this module with its arguments, and what it counts for on a progress bar.
+
+    A unit of work also says which file its result belongs in, and which examples it is about.
+    """
 
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     label: str = ""
     weight: int = 1
+    path: Path = Path()
+    examples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A task that was given up: its last error, and how often it was tried."""
+
+    task: Task
+    error: Exception
+    tries: int
+
+    @property
+    def unit(self) -> str:
+        """Its name: experiment, model and number of the shard."""
+        name = "/".join(self.task.path.parts[-3:]).removesuffix(".parquet")
+        return name or f"{self.task.call.__name__} {self.task.label}"
+
+
+class UnitsFailed(StudyError):
+    """Units of work that failed while all others were done."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        self.failures = sorted(failures, key=lambda failure: failure.unit)
+        first = self.failures[0]
+        tries = "once" if first.tries == 1 else f"{first.tries} times"
+        examples = f", examples {first.task.examples[0]} to {first.task.examples[-1]}" if first.task.examples else ""
+        others = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+        super().__init__(
+            f"a unit of work failed, tried {tries}: {first.unit}{examples} "
+            f"({type(first.error).__name__}: {first.error}){others}",
+            remedy="the rest is done and saved, the run folder's failed.json names every example; "
+            "--resume tries these again",
+        )
+
+    def as_json(self) -> str:
+        """Every failed unit with its examples and its error."""
+        found = [
+            {
+                "unit": failure.unit,
+                "examples": failure.task.examples,
+                "tries": failure.tries,
+                "error": f"{type(failure.error).__name__}: {failure.error}",
+            }
+            for failure in self.failures
+        ]
+        return json.dumps(found, indent=1) + "\n"
 
 
 class Crew(AbstractContextManager["Crew"]):
@@ -50,8 +104,10 @@ class Crew(AbstractContextManager["Crew"]):
         workers: number of processes.
     """
 
+    title = ""
+
     def __init__(self, settings: Settings, workers: int) -> None:
-        self._settings, self._pool, self._threads = settings, None, 0
+        self._settings, self._workers, self._pool, self._threads = settings, workers, None, 0
         if workers == 1:
             _HELD.clear()
             _HELD["settings"] = settings
@@ -67,7 +123,7 @@ class Crew(AbstractContextManager["Crew"]):
             workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,)
         )
 
-    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
         """Run tasks and yield each with its result as it is finished, in any order.
 
         Raises:
@@ -78,8 +134,13 @@ class Crew(AbstractContextManager["Crew"]):
                 yield task, task.call(*task.arguments)
             return
         try:
-            waiting: dict[Future[Any], Task] = {self._pool.submit(task.call, *task.arguments): task for task in tasks}
-            while waiting:
+            left, waiting = iter(tasks), dict[Future[Any], Task]()
+            while True:
+                # few at a time: arguments and results may be whole tables
+                for task in islice(left, 2 * self._workers - len(waiting)):
+                    waiting[self._pool.submit(task.call, *task.arguments)] = task
+                if not waiting:
+                    return
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield waiting.pop(future), future.result()
@@ -107,6 +168,11 @@ def _prepare(settings: Settings) -> None:
     """Make a worker process ready."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(1))  # Ctrl-C reaches every process: end without a traceback
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    hold(settings)
+
+
+def hold(settings: Settings) -> None:
+    """Hold the settings in a process that only works: one thread, and no progress of its own."""
     import torch
     from transformers.utils import logging
 
@@ -132,6 +198,7 @@ def _bench(model: str, aside: Mapping[str, tuple[Example, ...]] | None = None) -
 
     if _HELD.get("model") != model:
         _HELD.pop("bench", None)
+        _HELD.pop("weights", None)
         gc.collect()
         options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
         _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"]), model
@@ -151,10 +218,6 @@ def describe(model: str, example: Example) -> dict[str, Any]:
     """
     vlm = _bench(model).vlm
     anatomy, tokens = vlm.anatomy, vlm.encode(example.image, example.question).tokens[0]
-    digest = hashlib.sha256()
-    for name, weight in vlm.model.named_parameters():
-        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
-        digest.update(name.encode() + sample.tobytes())
     return {
         "architecture": anatomy.architecture,
         "family": anatomy.family,
@@ -169,25 +232,48 @@ def describe(model: str, example: Example) -> dict[str, Any]:
         "prompt_tokens": len(tokens.all),
         "dtype": str(vlm.dtype).removeprefix("torch."),
         "device": vlm.device.type,
-        "weights": digest.hexdigest()[:16],
+        "weights": _weights(vlm),
     }
 
 
-def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], path: Path) -> None:
-    """Measure one shard and save its rows."""
+def _weights(vlm: VLM) -> str:
+    """A fingerprint of a model's weights, from some of each."""
+    digest = hashlib.sha256()
+    for name, weight in vlm.model.named_parameters():
+        sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
+        digest.update(name.encode() + sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], weights: str) -> bytes:
+    """Measure one shard: its rows as a Parquet file, which the study's own process writes.
+
+    Raises:
+        ModelError: when the model here has other weights than where the study was begun: another revision in this
+            machine's cache, or a folder that has changed.
+    """
     from interp_vlm.study.experiments import EXPERIMENTS
 
-    write_frame(path, EXPERIMENTS[experiment].measure(_bench(model, aside), shard))
+    bench = _bench(model, aside)
+    if "weights" not in _HELD:
+        _HELD["weights"] = _weights(bench.vlm)
+    if _HELD["weights"] != weights:
+        raise ModelError(
+            f"model {model} on {socket.gethostname()} has other weights than where the study was begun",
+            expected="the same files everywhere",
+            remedy="fetch the same revision there, and go on with --resume",
+        )
+    return parquet(EXPERIMENTS[experiment].measure(bench, shard))
 
 
-def summarise(experiment: str, parts: Sequence[Path]) -> pd.DataFrame:
-    """The tidy table of one model's parts."""
+def summarise(experiment: str, rows: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table of one model's rows."""
     from threadpoolctl import threadpool_limits
 
     from interp_vlm.study.experiments import EXPERIMENTS
 
     with threadpool_limits(limits=1):
-        return EXPERIMENTS[experiment].summarise(joined(parts), _HELD["settings"])
+        return EXPERIMENTS[experiment].summarise(rows, _HELD["settings"])
 
 
 def joined(parts: Sequence[Path]) -> pd.DataFrame:
