@@ -47,7 +47,7 @@ class Setting:
     def tolerance(self) -> float:
         """Largest difference of a logit, relative to the largest logit."""
         if self.bits == 64 and self.eager:  # Hugging Face's eager attention takes its softmax in float32 all the same
-            return 1e-6
+            return ROUNDING
         return {16: 5e-2, 32: 1e-4, 64: 1e-10}[self.bits]
 
     @property
