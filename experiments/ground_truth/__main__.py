@@ -1,7 +1,7 @@
 """Score every localisation method of the library against planted circuits, and write the page that says so.
 
     python -m experiments.ground_truth                       # 20 seeds of three families, some ten minutes
-    python -m experiments.ground_truth --seeds 1 --families llava --out /tmp/validation
+    python -m experiments.ground_truth --seeds 1 --families llava --out runs/validation
 
 Each seed plants other routes: a straight one, one with a backup, detours, and a null model whose answer does not depend
 on the picture. Rows go to OUT/validation.parquet; the tables of OUT/validation.md and the figure are made from them.
@@ -120,7 +120,7 @@ def main(
 ) -> None:
     """Score every localisation method of the library against planted circuits.
 
-    Example: python -m experiments.ground_truth --seeds 2 --families llava,paligemma --out /tmp/validation
+    Example: python -m experiments.ground_truth --seeds 2 --families llava,paligemma --out runs/validation
     """
     torch.set_num_threads(1)
     wanted = [name.strip() for name in families.split(",")]
