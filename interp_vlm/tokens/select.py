@@ -268,7 +268,11 @@ class sinks(Selector):
     among: Selector | str = image
 
     def __post_init__(self) -> None:
-        if not isinstance(self.threshold, Real) or not self.threshold > 0:
+        try:
+            positive = isinstance(self.threshold, Real) and float(self.threshold) > 0
+        except OverflowError:  # a whole number beyond every float
+            positive = False
+        if not positive:
             raise SelectionError(f"sinks(threshold={self.threshold!r})", expected="a positive number")
         object.__setattr__(self, "among", of(self.among))
 
@@ -278,7 +282,7 @@ class sinks(Selector):
 
     def positions(self, tokens: TokenMap, evidence: Evidence | None = None) -> Int[Tensor, " found"]:
         places = of(self.among).positions(tokens, evidence)
-        return places[_scores(self, "sinks", tokens, evidence)[places] > self.threshold]
+        return places[_scores(self, "sinks", tokens, evidence)[places] > float(self.threshold)]
 
     def __repr__(self) -> str:
         parts = [] if self.threshold == 20.0 else [f"threshold={self.threshold!r}"]

@@ -263,12 +263,18 @@ def test_positions_count_from_the_padded_row_or_from_the_end_of_the_prompt() -> 
         select.of(-left.length - 1).positions(left)
 
 
+def test_a_threshold_beyond_every_float_is_refused() -> None:
+    with pytest.raises(SelectionError, match="expected a positive number"):
+        select.sinks(10**400)
+
+
 def test_sinks_are_above_the_threshold() -> None:
     for tokens in MAPS:
         scores = evidence(tokens)["sinks"]
         wanted = {p for p in tokens.image.tolist() if scores[p] > 20}
         assert chosen(select.sinks(), tokens) == wanted
         assert chosen(select.sinks(1e9), tokens) == set()
+        assert chosen(select.sinks(2**70), tokens) == set()  # more than an integer tensor holds
 
 
 def test_needs_are_the_union_over_the_tree() -> None:
