@@ -209,16 +209,17 @@ class VLM:
         receipts: list[list[Receipt]] = [[] for _ in groups]
         for batch in batches:
             column: dict[int, Tensor] = {}
+            context: MetricContext | None = None
             for number, outcome in self._engine.runs(batch, groups, engine, memory):
-                context = MetricContext(clean_logits=outcome.clean_logits, batch=batch, tokenizer=self.tokenizer)
+                context = context or MetricContext(outcome.clean_logits, batch, self.tokenizer)
                 receipts[number].extend(outcome.receipts)
                 column[number] = metric(outcome.logits, context)
                 if progress is not None:
                     progress(len(batch))
-            clean = self._engine.clean.of(batch).logits
-            baselines.append(metric(clean, MetricContext(clean_logits=clean, batch=batch, tokenizer=self.tokenizer)))
+            context = context or MetricContext(self._engine.clean.of(batch).logits, batch, self.tokenizer)
+            baselines.append(metric(context.clean_logits, context))
             rows = [column[number] for number in range(len(groups))]
-            values.append(torch.stack(rows) if rows else clean.new_empty(0, len(batch)))
+            values.append(torch.stack(rows) if rows else context.clean_logits.new_empty(0, len(batch)))
         name = getattr(metric, "__name__", type(metric).__name__)
         return Sweep(groups, torch.cat(values, dim=1), torch.cat(baselines), name, tuple(map(tuple, receipts)))
 

@@ -62,7 +62,7 @@ class Program:
         attention: layers whose attention inputs are recorded, for rebuilding weights.
         calls: layers whose keyword arguments are recorded.
         decoder: whether those of the decoder are recorded.
-        keep: reduces a captured value to what was asked for, by site.
+        keep: reduces a captured value to what was asked for, by site and layer.
     """
 
     edits: Sequence[ResolvedPlace] = ()
@@ -70,7 +70,7 @@ class Program:
     attention: frozenset[int] = frozenset()
     calls: frozenset[int] = frozenset()
     decoder: bool = False
-    keep: Callable[[str, Tensor], Tensor] = lambda site, value: value
+    keep: Callable[[str, int, Tensor], Tensor] = lambda _site, _layer, value: value
 
     def visits(self) -> list[tuple[tuple[int, int, int], str, int]]:
         """The sites to stop at, in the model's own order, as (rank, site, layer)."""
@@ -146,7 +146,7 @@ def walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]]
             continue
         value = visit(access, site, layer, edits[site, layer])
         if layer in program.captures.get(site, ()):
-            recording.values[site, layer] = program.keep(site, value)
+            recording.values[site, layer] = program.keep(site, layer, value)
 
 
 def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace]) -> Tensor:

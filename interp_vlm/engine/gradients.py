@@ -97,7 +97,7 @@ def refuse_without_gradient(site: str) -> None:
 
 def _forward(engine: Engine, batch: Batch, site: str, layers: Sequence[int]) -> Recording:
     access, recording, first = engine.access, Recording(), min(layers)
-    program = Program(captures={site: layers}, keep=lambda name, value: value)
+    program = Program(captures={site: layers})
     stops = program.visits()
     with alone("a backward pass"), torch.enable_grad(), engine.root.trace(**dict[str, Any](batch.inputs)):
         # All that is asked for comes after this tensor, so that nothing before it has to be kept for the way back.

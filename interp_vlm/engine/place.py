@@ -268,6 +268,27 @@ def selected(batch: Batch, selector: Selector, evidence: Evidence) -> Bool[Tenso
     return mask.to(batch.inputs["input_ids"].device)
 
 
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A selector resolved in a batch, for all interventions that name it.
+
+    Attributes:
+        mask: the positions.
+        empty: examples in which there are none.
+        answers: whether every example's answer position is among them.
+    """
+
+    mask: Bool[Tensor, "batch pos"]
+    empty: list[int]
+    answers: bool
+
+    @classmethod
+    def of(cls, batch: Batch, mask: Bool[Tensor, "batch pos"]) -> Found:
+        example = torch.arange(len(batch), device=mask.device)
+        answers = bool(mask[example, batch.last.to(mask.device)].all())
+        return cls(mask, (~mask.any(1)).nonzero().flatten().tolist(), answers)
+
+
 def padded_positions(mask: Bool[Tensor, "batch pos"]) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
     """A mask as positions, padded with -1 to the longest example, and which of them are real."""
     counts = mask.sum(1)
@@ -285,7 +306,7 @@ def resolve(
     evidence: Evidence,
     *,
     generating: bool = False,
-    known: dict[Selector, Bool[Tensor, "batch pos"]] | None = None,
+    known: dict[Selector, Found] | None = None,
 ) -> ResolvedPlace:
     """Find where an intervention acts in a batch, and refuse one that cannot reach the answer.
 
@@ -320,28 +341,28 @@ def resolve(
     known = {} if known is None else known
     for selector in intervention.selectors:
         if selector not in known:
-            known[selector] = selected(batch, selector, evidence)
-    masks = [known[selector] for selector in intervention.selectors]
+            known[selector] = Found.of(batch, selected(batch, selector, evidence))
+    found = [known[selector] for selector in intervention.selectors]
     if not intervention.allow_empty:
-        for selector, mask in zip(intervention.selectors, masks, strict=True):
-            _refuse_empty(intervention, selector, mask, batch)
-        _refuse_unreachable(intervention, site, layers, masks[0], batch, anatomy)
-    keys = masks[1] if len(masks) > 1 else None
-    return ResolvedPlace(intervention, batch, masks[0], keys, layers, anatomy.n_heads)
+        for selector, own in zip(intervention.selectors, found, strict=True):
+            _refuse_empty(intervention, selector, own, batch)
+        _refuse_unreachable(intervention, site, layers, found[0], anatomy)
+    keys = found[1].mask if len(found) > 1 else None
+    return ResolvedPlace(intervention, batch, found[0].mask, keys, layers, anatomy.n_heads)
 
 
-def _refuse_empty(intervention: Intervention, selector: Selector, mask: Tensor, batch: Batch) -> None:
-    empty = (~mask.any(1)).nonzero().flatten().tolist()
-    if empty:
+def _refuse_empty(intervention: Intervention, selector: Selector, found: Found, batch: Batch) -> None:
+    if found.empty:
+        first = found.empty[0]
         raise InterventionError(
-            f"{selector} selects nothing in example {empty[0]} ({batch.questions[empty[0]]!r}) for {intervention!r}",
+            f"{selector} selects nothing in example {first} ({batch.questions[first]!r}) for {intervention!r}",
             expected="at least one position in every example",
             remedy="change the selection, or pass allow_empty=True to leave such examples as they are",
         )
 
 
 def _refuse_unreachable(
-    intervention: Intervention, site: Site, layers: tuple[int, ...], rows: Tensor, batch: Batch, anatomy: Anatomy
+    intervention: Intervention, site: Site, layers: tuple[int, ...], found: Found, anatomy: Anatomy
 ) -> None:
     remedy = "choose an earlier layer, or pass allow_empty=True"
     if site.part == "vision":
@@ -354,10 +375,9 @@ def _refuse_unreachable(
         return
     if intervention.during != "prompt" or site.part != "decoder":
         return
-    at_answer = rows[torch.arange(len(batch), device=rows.device), batch.last.to(rows.device)]
     # From the last layer's attention on, nothing moves between positions any more.
     past_attention = site.order > SITES["resid_pre"].order
-    if min(layers) == anatomy.n_layers - 1 and past_attention and not bool(at_answer.all()):
+    if min(layers) == anatomy.n_layers - 1 and past_attention and not found.answers:
         raise InterventionError(
             f"{intervention!r} edits the last layer's {site.name} away from the answer position, which nothing reads",
             expected="a selection with the last position, or an earlier layer",

@@ -125,7 +125,11 @@ def _cones(
     """The same for edits of these positions from this layer on."""
     length, kept, depth = trunk.length, trunk.nbytes, n_layers - layer
     last = batch.last.to(touched.device)
-    start, alone, idle = _spread(touched, spreads, batch, trunk)
+    seen = trunk.attended(spreads) if spreads else None
+    key = id(seen), touched.cpu().numpy().tobytes()
+    if key not in trunk.spreads:  # most models have one mask for all layers
+        trunk.spreads[key] = _spread(touched, seen, batch)
+    start, alone, idle = trunk.spreads[key]
     plans = []
     above = f"nothing changes before layer {layer}"
     if alone and not trunk.unknown:
@@ -138,18 +142,20 @@ def _cones(
     return [*plans, _full(batch, n_layers, "it was asked for")]
 
 
-def _spread(touched: Bool[Tensor, "batch pos"], spreads: range, batch: Batch, trunk: Trunk) -> tuple[int, bool, bool]:
-    """The first position that edits of these rows can change when other rows read them in these layers, whether they
-    can change the answers' own rows alone, and whether no answer can change."""
+def _spread(
+    touched: Bool[Tensor, "batch pos"], attended: Bool[Tensor, "#batch query key"] | None, batch: Batch
+) -> tuple[int, bool, bool]:
+    """The first position that edits of these rows can change when other rows read them through these masks, whether
+    they can change the answers' own rows alone, and whether no answer can change."""
     real = batch.inputs["attention_mask"].to(touched.device).bool()
     last = torch.zeros_like(touched)
     last[torch.arange(len(batch), device=touched.device), batch.last.to(touched.device)] = True
     start = int(touched.any(dim=0).float().argmax()) if bool(touched.any()) else int(batch.last.min())
-    idle = not bool(touched.any()) or (not spreads and not bool((touched & last).any()))
+    idle = not bool(touched.any()) or (attended is None and not bool((touched & last).any()))
     alone = not idle and not bool((touched & ~last).any())
-    if not spreads:
+    if attended is None:
         return start, alone, idle
-    seen = trunk.attended(spreads) & real[:, :, None]
+    seen = attended & real[:, :, None]
     alone = alone and not bool((seen & last[:, None, :] & ~last[:, :, None]).any())
     while start > 0:
         earlier = seen[:, :start, start:].any(dim=2).any(dim=0)

@@ -20,6 +20,7 @@ from interp_vlm.engine.full import Program, answer_rows, forward, generate
 from interp_vlm.engine.memory import Budget, budget
 from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.place import (
+    Found,
     ResolvedPlace,
     Rows,
     layers_of,
@@ -246,7 +247,7 @@ class Engine:
         values = {(each.site, layer) for each in needy for layer in layers_of(each.where, each.layers, self.anatomy)}
         residuals = () if self._proved == _NEVER else residuals
         clean = self.clean.of(batch, sorted(self._needs(everything)), sorted(values), residuals)
-        known: dict[Selector, Tensor] = {}
+        known: dict[Selector, Found] = {}
         resolved = [
             [resolve(each, batch, self.anatomy, clean.evidence, generating=generating, known=known) for each in group]
             for group in groups
@@ -274,12 +275,20 @@ class Engine:
         edits = self.resolve(batch, interventions) if interventions else []
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
 
-        def keep(name: str, value: Tensor) -> Tensor:
+        everything = bool(mask.all()) and index.shape == batch.inputs["input_ids"].shape
+        values: dict[str, Tensor] = {}
+
+        def keep(name: str, layer: int, value: Tensor) -> Tensor:
             if site_named(name).part == "vision":
-                return _tower_rows(batch, value)
-            if name == "attn_mask":
-                value = value.expand(len(batch), self.anatomy.n_heads, -1, -1)
-            return _keep(name, value, index, mask)
+                value = _tower_rows(batch, value)
+            elif name == "attn_mask":
+                value = _keep(name, value.expand(len(batch), self.anatomy.n_heads, -1, -1), index, mask)
+            elif not everything:
+                value = _keep(name, value, index, mask)
+            # Straight into its place, so that what may be much is copied once.
+            if name not in values:
+                values[name] = value.new_empty(len(batch), len(plain[name]), *value.shape[1:])
+            return values[name][:, plain[name].index(layer)].copy_(value)
 
         program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)
         recording = forward(self.root, self.access, batch.inputs, program)
@@ -287,10 +296,6 @@ class Engine:
         if not edits:  # whoever needs the answers has them
             assert recording.logits is not None
             self.clean.add(batch, recording.logits)
-        values = {
-            name: torch.stack([recording.values[name, layer] for layer in found], dim=1)
-            for name, found in plain.items()
-        }
         if "pattern" in by_site:
             values["pattern"] = patterns(self.access, recording.attention, by_site["pattern"], index, mask)
         return Cache({name: values[name] for name in sites}, by_site, index, mask, batch.tokens, self.name)

@@ -77,7 +77,9 @@ def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: 
 def _traced(vlm: VLM, batch: Batch, site: str, layers: Sequence[int]) -> tuple[dict[int, Tensor], Tensor]:
     """A site at the answer position by layer, and the answers' logits."""
     engine, last = vlm._engine, batch.last
-    program = Program(captures={site: list(layers)}, keep=lambda _, value: answer_rows(value.flatten(2), last))
+    program = Program(
+        captures={site: list(layers)}, keep=lambda _site, _layer, value: answer_rows(value.flatten(2), last)
+    )
     recording = forward(engine.root, engine.access, batch.inputs, program)
     assert recording.logits is not None
     return {layer: recording.values[site, layer] for layer in layers}, answer_rows(recording.logits, last)

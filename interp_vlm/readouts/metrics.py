@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, overload, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -43,6 +44,11 @@ class MetricContext:
     batch: Batch
     tokenizer: Any
 
+    @cached_property
+    def clean_answer(self) -> Bool[Tensor, "batch vocab"]:
+        """Which tokens write the answer of the run without interventions."""
+        return _answer_of(self.clean_logits.argmax(dim=-1), self.clean_logits, self)
+
 
 @runtime_checkable
 class Metric(Protocol):
@@ -53,7 +59,7 @@ class Metric(Protocol):
 
 def answer_logprob(logits: Float[Tensor, "batch vocab"], context: MetricContext) -> Float[Tensor, " batch"]:
     """Log-probability of the clean run's answer, all tokens of the same normalised text together."""
-    return _within(full_precision(logits).log_softmax(dim=-1), _clean_answer(logits, context))
+    return _within(full_precision(logits).log_softmax(dim=-1), context.clean_answer.to(logits.device))
 
 
 def answer_probability(logits: Float[Tensor, "batch vocab"], context: MetricContext) -> Float[Tensor, " batch"]:
@@ -66,7 +72,7 @@ def flipped(logits: Float[Tensor, "batch vocab"], context: MetricContext) -> Flo
 
     Another spelling of the same answer is no flip. Logits with NaN give NaN.
     """
-    kept = _clean_answer(logits, context).gather(-1, logits.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    kept = context.clean_answer.to(logits.device).gather(-1, logits.argmax(dim=-1, keepdim=True)).squeeze(-1)
     return (~kept).to(full_precision(logits).dtype).masked_fill(logits.isnan().any(dim=-1), math.nan)
 
 
@@ -108,7 +114,7 @@ class LogitDifference:
 
     def _measure(self, logits: Tensor, context: MetricContext) -> Tensor:
         scores = full_precision(logits)
-        own = _clean_answer(scores, context)
+        own = context.clean_answer.to(scores.device)
         rival = _answer_of(scores.masked_fill(own, -math.inf).argmax(dim=-1), scores, context)
         return _within(scores, own) - _within(scores, rival)
 
@@ -185,10 +191,6 @@ class PairDifference:
         if set(ids[0]) & set(ids[1]):
             raise SelectionError(f"{pair[0]!r} and {pair[1]!r} are the same answer", expected="two different answers")
         return ids
-
-
-def _clean_answer(logits: Tensor, context: MetricContext) -> Bool[Tensor, "batch vocab"]:
-    return _answer_of(context.clean_logits.argmax(dim=-1).to(logits.device), logits, context)
 
 
 def _answer_of(tokens: Tensor, logits: Tensor, context: MetricContext) -> Bool[Tensor, "batch vocab"]:

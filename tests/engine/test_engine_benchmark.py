@@ -53,3 +53,19 @@ def test_the_picture_is_drawn_from_plans(tmp_path):
     figure = cone.draw()
     titles = [axes.get_title().split()[0] for axes in figure.axes]
     assert titles == ["last_row", "suffix", "resume"]
+
+
+def test_a_capture_holds_no_more_than_a_forward_and_what_it_returns(bench):
+    sites = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "mlp_post"]
+
+    def forward():
+        with torch.no_grad():
+            bench.bare(**bench.batch.inputs)
+
+    def capture():
+        return bench.vlm.capture(bench.fresh(), sites)
+
+    cache = capture()
+    asked = sum(part.nbytes for part in (*(cache[site] for site in sites), cache.positions, cache.mask))
+    assert engine.peak(capture) <= engine.peak(forward) + asked
+    assert asked > engine.peak(forward)  # values held twice would not fit
