@@ -133,30 +133,27 @@ def _from_cache(cache: Cache, site: str | None, position: str | None) -> Activat
     return _held(values.detach().flatten(2), layers, name, "before_answer", getattr(cache, "model", ""))
 
 
-def _from_store(store: Store, site: str | None, position: str | None, index: int | None) -> Activations:
+def _from_store(store: Store, site: str | None, when: str | None, index: int | None) -> Activations:
     name = _site(list(store.sites), site, "store")
-    _before_answer(position, "store")
-    counts = torch.tensor(store.index["positions"].to_numpy())
-    fewest, most = int(counts.min()), int(counts.max())
+    _before_answer(when, "store")
+    fewest, most = store.index["positions"].agg(["min", "max"])
     if index is None and (fewest, most) != (1, 1):
         raise DataError(
             f"the store holds {fewest} to {most} positions of each example ({store.selection})",
             expected="one",
             remedy="say which: position_index=-1 is the last that was kept",
         )
-    wanted = -1 if index is None else index
-    if not -fewest <= wanted < fewest:
+    if index is not None and not -fewest <= index < fewest:
         raise DataError(
             f"position_index={index}, an example of the store holds {fewest} positions",
             expected=f"{-fewest} to {fewest - 1}",
         )
-    places = counts + wanted if wanted < 0 else torch.full_like(counts, wanted)
-    d = int(store.layer(name, store.sites[name][0], [0])[0, 0].numel())
+    position = -1 if index is None else index
+    d = int(store.layer(name, store.sites[name][0], [0], position).numel())
 
     def load(number: int) -> Tensor:
-        # one layer of all examples is in memory, in the store's own number type
-        values = store.layer(name, number)
-        return values[torch.arange(len(values)), places].flatten(1)
+        # one position of one layer is in memory, in the store's own number type
+        return store.layer(name, number, position=position).flatten(1)
 
     layers = store.sites[name]
     return Activations(load, (len(store), len(layers), d), layers, name, "before_answer", store.model.name)

@@ -1,6 +1,6 @@
 """Captured activations of whole data sets on disk: safetensors shards read by layer, and a Parquet index.
 
-store = iv.store.write("runs/pope", vlm, examples, ["resid_post"])      # goes on where it was stopped
+store = iv.store.write("runs/pope", vlm, examples, ["resid_post"])      # in as many processes as you like
 store = iv.store.open("runs/pope")
 hidden, right = store.layer("resid_post", 12), store.index["correct"]   # (example, pos, d), per example
 """
@@ -8,7 +8,6 @@ hidden, right = store.layer("resid_post", 12), store.index["correct"]   # (examp
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,8 @@ from interp_vlm.engine.place import layers_of
 from interp_vlm.errors import DataError, InterventionError
 from interp_vlm.readouts.identity import ModelIdentity, identity_of
 from interp_vlm.readouts.lens import output_confidence
-from interp_vlm.readouts.shards import Block, finished, read_indices, read_rows, replace_whole, write_shard
+from interp_vlm.readouts.shards import Block, fill, finished, read_rows, read_table, write_shard
+from interp_vlm.readouts.store_folder import alone, begin, finish, saved_settings, shard_count
 from interp_vlm.sites import SITES
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Store", "open", "write"]
 
-FORMAT = 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES, SHARD_EXAMPLES = 2**26, 256
+PLACE = ("shard", "row", "positions")  # columns that say where an example's rows are
 # `attn_mask` and `pattern` grow with the square of the prompt, the vision tower's rows belong to no position.
 KEPT = tuple(name for name, row in SITES.items() if row.axes[0] == "pos" or row.part == "projector")
 
@@ -76,19 +76,23 @@ class Store:
 
     def positions(self, examples: Any = None) -> Int[Tensor, "example pos"]:
         """Positions in the rows without padding, -1 where `mask` is False."""
-        return self._read(None, examples, fill=-1).long()
+        return self._read(None, examples, None, fill=-1).long()
 
-    def layer(self, site: str, layer: int, examples: Any = None) -> Shaped[Tensor, "example pos ..."]:
-        """One site at one layer; zeros where `mask` is False.
+    def layer(
+        self, site: str, layer: int, examples: Any = None, position: int | None = None
+    ) -> Shaped[Tensor, "example ..."]:
+        """One site at one layer, (example, pos, ...), zeros where `mask` is False; nothing else is read from disk.
 
         Args:
             site: a site that was kept.
             layer: a layer that was kept, by its number in the model.
             examples: rows of the index (numbers, a slice or a boolean mask); all of them by default.
+            position: one of the positions kept of each example, by its place among them (negative ones count from the
+                example's last); then (example, ...).
 
         Raises:
             InterventionError: a site or layer that was not kept.
-            DataError: an example that does not exist, or a damaged file.
+            DataError: an example or a position that does not exist, or a damaged file.
         """
         if site not in self.sites:
             raise InterventionError(f"the store holds no {site!r}", expected=f"one of {', '.join(self.sites)}")
@@ -99,30 +103,34 @@ class Store:
                 expected=f"one of {', '.join(map(str, kept))}",
                 remedy="write a store with that layer",
             )
-        return self._read((site, layer), examples, fill=0)
+        values = self._read((site, layer), examples, position, fill=0)
+        return values if position is None else values[:, 0]
 
     def check(self, vlm: VLM) -> None:
         """Raise a ModelError unless this very model wrote the store."""
         self.model.refuse(identity_of(vlm), f"the store {self.folder}")
 
-    def _read(self, key: tuple[str, int] | None, examples: Any, fill: float) -> Tensor:
-        wanted = self._rows(examples)
-        own, mask = self.index.iloc[wanted.tolist()], self.mask[wanted]
-        numbers = torch.tensor(own["shard"].to_numpy())
-        starts, counts = own["row"].to_numpy(), own["positions"].to_numpy()
-        whole = self.index.groupby("shard").size()
+    def _read(self, key: tuple[str, int] | None, examples: Any, position: int | None, fill: float) -> Tensor:
+        chosen = self._rows(examples).numpy()
+        shards, starts, counts = (torch.tensor(self.index[name].to_numpy()[chosen]) for name in PLACE)
+        longest = int(self.index["positions"].max())
+        if position is not None:
+            fewest = int(counts.min())
+            if not -fewest <= position < fewest:
+                raise DataError(
+                    f"position {position}, an example of the store holds {fewest} positions",
+                    expected=f"{-fewest} to {fewest - 1}",
+                )
+            starts, counts, longest = starts + position + (counts if position < 0 else 0), torch.ones_like(counts), 1
+        mask = torch.arange(longest)[None] < counts[:, None]
         out: Tensor | None = None
-        for number in numbers.unique().tolist():
-            rows = (numbers == number).nonzero().flatten()
-            spans = [(int(starts[row]), int(starts[row] + counts[row])) for row in rows.tolist()]
-            consecutive = all(left[1] == right[0] for left, right in itertools.pairwise(spans))
-            everything = consecutive and len(spans) == whole[number]
-            values = read_rows(self.folder / "shards", number, key, None if everything else spans)
+        for number in shards.unique().tolist():
+            here = shards == number
+            spans = torch.stack([starts[here], starts[here] + counts[here]], dim=1).tolist()
+            values = read_rows(self.folder / "shards", number, key, spans)
             if out is None:
                 out = torch.full((*mask.shape, *values.shape[1:]), fill, dtype=values.dtype)
-            part = torch.full((len(rows), *out.shape[1:]), fill, dtype=values.dtype)
-            part[mask[rows]] = values
-            out[rows] = part
+            out[mask & here[:, None]] = values
         assert out is not None
         return out
 
@@ -155,29 +163,36 @@ def write(
     scorer: Callable[[str, Example], float] = vqa,
     choices: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    patience: float = 3600.0,
 ) -> Store:
-    """Capture activations of a data set into a folder; if it was stopped before, go on after the last finished shard.
+    """Capture activations of a data set into a folder, alone or beside any other processes that call this too.
 
-    One shard at a time is in memory.
+    Every process takes the next shard that nobody holds, and returns the finished store when all shards are there. What
+    a killed process held is done by another, or by the next call. Each shard is written whole or not at all, and one
+    that is there stays as it is. One shard at a time is in memory.
 
     Args:
-        folder: where the store goes; a new or empty folder, or this very store, unfinished or finished.
+        folder: where the store goes; a new or empty folder, or this very store, unfinished or finished. Processes on
+            several machines need it on a disk in common.
         vlm: the model.
         examples: questions with their answers.
         sites: names of the site table whose values belong to positions.
         positions: a role, a selector or positions.
         layers: an int, a range, a list or "all".
         dtype: on disk, "float16", "bfloat16" or "float32".
-        batch_size: examples in one forward pass.
+        batch_size: examples in one forward pass; with the same one everywhere (and the same kind of device and number
+            of threads), the files are the same bytes whoever writes them.
         shard_examples: examples in one file; by default as many as make 64 MiB, at most 256.
         scorer: score of an answer, from 0 to 1 (`interp_vlm.data.scorers` has more).
         choices: closed answers, as for `vlm.run`.
-        progress: called with the number of examples done.
+        progress: called with the number of examples done, here or by another process.
+        patience: seconds to wait for shards that other processes hold while none of them is finished.
 
     Raises:
         ModelError: the folder holds a store of another model.
-        DataError: the folder holds something else or another selection, an example's id is not unique, or a number is
-            too large for the dtype.
+        DataError: the folder holds something else, another selection, or an unfinished store of other versions of
+            torch, transformers or this library; an example's id is not unique; a number is too large for the dtype;
+            or another process held a shard for too long.
         InterventionError: a site without positions, or a layer that does not exist.
 
     Example:
@@ -187,8 +202,6 @@ def write(
         >>> store.layer("resid_post", 3).shape
         torch.Size([3, 1, 128])
     """
-    from filelock import FileLock, Timeout
-
     names = [sites] if isinstance(sites, str) else list(sites)
     _refuse(names, dtype, examples)
     kept = {name: layers_of(site_named(name), layers, vlm.anatomy) for name in names}
@@ -197,31 +210,31 @@ def write(
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the folder {path} ({error.strerror})", remedy="choose another") from error
-    lock = FileLock(path / ".lock")
-    try:
-        held = lock.acquire(timeout=0)
-    except Timeout:
-        raise DataError(f"the store {path} is being written by another process", remedy="wait for it") from None
-    with held:
-        settings = {
-            "format": FORMAT,
-            "model": asdict(identity_of(vlm)),
-            "sites": {name: list(found) for name, found in kept.items()},
-            "positions": repr(select.of(positions)),
-            "dtype": dtype,
-            "examples": len(examples),
-            "fingerprint": _fingerprint(examples),
-            "scorer": getattr(scorer, "__name__", getattr(scorer, "name", repr(scorer))),
-            "choices": None if choices is None else list(choices),
-        }
-        size = _begin(path, settings, shard_examples, lambda: _fitting(capture, DTYPES[dtype]))
-        spans = [(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
-        for number, (start, stop) in enumerate(spans):
-            if not finished(path / "shards", number):
-                write_shard(path / "shards", number, capture.blocks(start, stop, batch_size), DTYPES[dtype])
-            if progress is not None:
-                progress(stop - start)
-        _finish(path, len(spans))
+    settings = {
+        "model": asdict(identity_of(vlm)),
+        "sites": {name: list(found) for name, found in kept.items()},
+        "positions": repr(select.of(positions)),
+        "dtype": dtype,
+        "precision": str(vlm.dtype).removeprefix("torch."),
+        "examples": len(examples),
+        "fingerprint": _fingerprint(examples),
+        "scorer": getattr(scorer, "__name__", getattr(scorer, "name", repr(scorer))),
+        "choices": None if choices is None else list(choices),
+    }
+    with alone(path, patience):
+        size = begin(path, settings, shard_examples, lambda: _fitting(capture, DTYPES[dtype]))
+    spans = [(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+
+    def write_one(number: int) -> None:
+        write_shard(path / "shards", number, capture.blocks(*spans[number], batch_size), DTYPES[dtype])
+
+    def done(number: int) -> None:
+        if progress is not None:
+            progress(spans[number][1] - spans[number][0])
+
+    fill(path / "shards", len(spans), write_one, patience, done)
+    with alone(path, patience):
+        finish(path, len(spans))
     return open(path)
 
 
@@ -236,22 +249,22 @@ def open(folder: str | Path, vlm: VLM | None = None) -> Store:
         DataError: there is no finished store.
         ModelError: it was written by another model than `vlm`.
     """
-    import pandas as pd
-
     path = Path(folder)
-    settings = _settings(path)
+    settings = saved_settings(path)
     if settings is None:
         raise DataError(f"{path} holds no store", expected="a folder that iv.store.write made", remedy="check the path")
     if not (path / "index.parquet").is_file():
-        done = len(list((path / "shards").glob("*.parquet")))
+        count = shard_count(settings)
+        done = sum(finished(path / "shards", number) for number in range(count))
         raise DataError(
-            f"the store {path} is unfinished ({done} shards so far)",
+            f"the store {path} is unfinished ({done} of {count} shards so far)",
             expected="all of its examples",
-            remedy="call iv.store.write again with the same arguments: it goes on where it was stopped",
+            remedy="wait for the processes that write it, or call iv.store.write again with the same arguments: it "
+            "goes on where it was stopped",
         )
     store = Store(
         path,
-        pd.read_parquet(path / "index.parquet"),
+        read_table(path / "index.parquet"),
         ModelIdentity.from_json(settings["model"]),
         {name: tuple(layers) for name, layers in settings["sites"].items()},
         settings["positions"],
@@ -330,54 +343,3 @@ def _fitting(capture: _Capture, dtype: torch.dtype) -> int:
     block = capture.block(capture.examples[:1])
     size = sum(values.numel() for values in block.values.values()) * dtype.itemsize
     return max(1, min(SHARD_EXAMPLES, SHARD_BYTES // size))
-
-
-def _begin(path: Path, settings: dict[str, Any], size: int | None, fitting: Callable[[], int]) -> int:
-    """Make a new folder a store, or make sure that this store is the one begun; the number of examples per shard."""
-    known = _settings(path)
-    if known is None:
-        others = sorted(entry.name for entry in path.iterdir() if entry.name != ".lock" and entry.suffix != ".tmp")
-        if others:
-            raise DataError(f"the folder {path} holds {others[0]} and no store", remedy="choose another folder")
-        if size is not None and size < 1:
-            raise DataError(f"shard_examples={size}", expected="at least 1")
-        known = {**settings, "shard_examples": size or fitting()}
-        text = json.dumps(known, indent=1) + "\n"
-        replace_whole(path / "store.json", lambda file: file.write_text(text, encoding="utf-8"))
-    ModelIdentity.from_json(known["model"]).refuse(ModelIdentity(**settings["model"]), f"the store {path}")
-    asked = settings if size is None else {**settings, "shard_examples": size}
-    changed = [
-        f"{name} was {known.get(name)} and is {value}" for name, value in asked.items() if known.get(name) != value
-    ]
-    if changed:
-        raise DataError(
-            f"the store {path} was begun differently: {'; '.join(changed)}",
-            remedy="write it as it was begun, or choose another folder",
-        )
-    for left in path.rglob("*.tmp"):
-        left.unlink(missing_ok=True)
-    return known["shard_examples"]
-
-
-def _finish(path: Path, shards: int) -> None:
-    import pandas as pd
-
-    if not (path / "index.parquet").is_file():
-        index = pd.concat(read_indices(path / "shards", shards), ignore_index=True)
-        right = (index["score"] >= 0.5).astype("boolean").mask(index["score"].isna())
-        index.insert(list(index.columns).index("score") + 1, "correct", right)
-        replace_whole(path / "index.parquet", lambda file: index.to_parquet(file, index=False))
-
-
-def _settings(path: Path) -> dict[str, Any] | None:
-    file = path / "store.json"
-    if not file.is_file():
-        return None
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is no JSON ({error})", expected="the file that iv.store.write made") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        version = found.get("format") if isinstance(found, dict) else None
-        raise DataError(f"{file} has the format {version}", expected=f"{FORMAT}", remedy="write the store again")
-    return found

@@ -60,9 +60,9 @@ def test_layers_are_read_one_at_a_time(written, monkeypatch):
     store, asked = written[2], []
     plain = type(store).layer
 
-    def watched(self, site, layer, examples=None):
+    def watched(self, site, layer, examples=None, position=None):
         asked.append((layer, examples is None))
-        return plain(self, site, layer, examples)
+        return plain(self, site, layer, examples, position)
 
     monkeypatch.setattr(type(store), "layer", watched)
     found = read(store, "mlp_out", None, None)
