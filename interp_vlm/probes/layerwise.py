@@ -228,6 +228,7 @@ def _fit(
             chosen[:, index, fold], inner[:, index, fold] = result.chosen, result.inner_auroc
             permuted_scores[test] = result.permuted
         measured[index] = measures.fold_auroc(permuted_scores, fixed, plan.outer)
+        del values  # before the next layer comes
     return _Curve(scores, chosen, inner, measured[:, 1:], measured[:, 0])
 
 

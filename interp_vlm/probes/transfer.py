@@ -156,6 +156,7 @@ def probe_transfer(
                 result = score_fold(values[train], values[test], target, inner, C, standardise=standardise)
                 scores[source, index, test] = result.test[:, 0]
                 inner_auroc[source, index, fold] = result.inner_auroc[0]
+        del values  # before the next layer comes
 
     def measured(source: int, tested: int, index: np.ndarray) -> Estimate:
         """AUROC on one kind from the layers `index` gives to each of its examples."""

@@ -1,6 +1,7 @@
 """Activations of stores are read layer by layer, with what the store knows of each example."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 import interp_vlm as iv
 from interp_vlm.errors import DataError, ModelError
-from interp_vlm.probes.inputs import read
+from interp_vlm.probes.inputs import Activations, read
 
 QUICK: dict[str, Any] = {"permutations": 0, "resamples": 1000, "folds": 3, "inner_folds": 2}
 
@@ -69,6 +70,23 @@ def test_layers_are_read_one_at_a_time(written, monkeypatch):
     assert not any(whole for _, whole in asked)  # the width is read from one example
     assert found.layer(3).shape == found.shape[::2]
     assert [layer for layer, whole in asked if whole] == [3]
+
+
+def test_no_layer_outlives_its_fit(written, monkeypatch):
+    store, seen = written[2], []
+    plain = Activations.layer
+
+    def watched(self, number):
+        assert not [old for old in seen if old() is not None]
+        values = plain(self, number)
+        seen.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(Activations, "layer", watched)
+    iv.probe_layers(store, site="mlp_out", **QUICK)
+    kinds = (np.arange(72) // 3 % 2).tolist()
+    iv.probe_transfer(store, None, None, kinds, site="mlp_out", folds=3, inner_folds=2, resamples=1000)
+    assert len(seen) == 4
 
 
 def test_one_of_several_positions(written, tmp_path):
