@@ -19,6 +19,7 @@ from interp_vlm.probes.monitor import ReliabilityMonitor
 from interp_vlm.probes.nested import score_fold
 from interp_vlm.probes.scoring import refuse_elsewhere, width
 from interp_vlm.readouts.identity import identity_of
+from interp_vlm.readouts.store import Store
 
 if TYPE_CHECKING:
     from interp_vlm.probes.report import ProbeReport
@@ -42,7 +43,9 @@ def fit_monitor(
 ) -> ReliabilityMonitor:
     """See `ProbeReport.monitor`."""
     _refuse(report, vlm)
-    if isinstance(activations, Cache):
+    if isinstance(activations, Store):
+        activations.check(vlm)
+    if isinstance(activations, (Cache, Store)):
         _refuse_other_positions(activations)
         found = read(activations, report.site, list(report.layers), None)
     else:
@@ -149,9 +152,13 @@ def _refuse(report: ProbeReport, vlm: VLM) -> None:
         )
 
 
-def _refuse_other_positions(cache: Cache) -> None:
-    last = torch.cat([tokens.last for tokens in cache.tokens]).to(cache.positions)
-    if cache.positions.shape[1] != 1 or not bool((cache.positions[:, 0] == last).all()):
+def _refuse_other_positions(activations: Cache | Store) -> None:
+    if isinstance(activations, Store):
+        right = activations.selection == "last"
+    else:
+        last = torch.cat([tokens.last for tokens in activations.tokens]).to(activations.positions)
+        right = activations.positions.shape[1] == 1 and bool((activations.positions[:, 0] == last).all())
+    if not right:
         raise DataError(
             "the activations were not read at the last prompt token",
             expected="the position at which the answer is read",

@@ -104,6 +104,19 @@ def test_one_of_several_positions(written, tmp_path):
         read(store, None, None, None, 99)
 
 
+def test_a_monitor_takes_the_store_of_its_own_model_alone(written, tmp_path):
+    vlm, examples, store = written
+    report = iv.probe_layers(store, site="resid_post", **QUICK)
+    assert report.monitor(store, vlm, layer=3).model == store.model
+    twin = iv.load("testbed:llava")
+    next(twin.model.parameters()).data += 0.01
+    with pytest.raises(ModelError, match=r"the store .* was written by another model: weights '"):
+        report.monitor(store, twin)
+    elsewhere = iv.store.write(tmp_path, vlm, examples[:6], "resid_post", positions="question", layers=[1, 3])
+    with pytest.raises(DataError, match="were not read at the last prompt token"):
+        report.monitor(elsewhere, vlm)
+
+
 def test_half_precision_is_raised_exactly(written):
     store = written[2]
     assert store.dtype == "float16"
