@@ -2,14 +2,19 @@
 
 import json
 import multiprocessing
+import os
+import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -17,6 +22,7 @@ import interp_vlm as iv
 from interp_vlm.data.scorers import vqa as scored
 from interp_vlm.readouts.shards import Block, read_indices, write_shard
 
+ROOT = Path(__file__).parent.parent.parent
 COUNT, SHARD = 14, 2
 SITES = ["resid_post", "attn_out"]
 WHAT = {"sites": SITES, "batch_size": 1, "shard_examples": SHARD}
@@ -240,3 +246,27 @@ def test_probes_of_several_readers_stream_from_the_store(spawn, large, tmp_path)
         first, streamed, everything = found["peaks"]
         assert streamed - first < 15
         assert everything - streamed > 40  # the measure sees what is held
+
+
+def test_the_script_of_the_documentation_with_a_ray_worker_killed(tmp_path):
+    page = (ROOT / "docs" / "scale.md").read_text()
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "iv.store" in block]
+    (tmp_path / "script.py").write_text(script + "\nassert report.peak.n == 72")
+    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    environment = {**os.environ, **quiet, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "runs" / "store"
+    with subprocess.Popen(
+        [sys.executable, "script.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as driver:
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("shards/*.parquet"))) < 3 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        writers = [
+            child for child in psutil.Process(driver.pid).children(recursive=True) if "ray::write" in child.name()
+        ]
+        writers[0].kill()
+        said = driver.communicate(timeout=120)[0]
+    assert driver.returncode == 0, said.decode()
+    examples = iv.data.digit_scenes(n=72, difficulty="hard")
+    iv.store.write(tmp_path / "alone", iv.load("testbed:llava"), examples, ["resid_post"], shard_examples=4)
+    assert contents(folder) == contents(tmp_path / "alone")
