@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 
 import interp_vlm as iv
 from interp_vlm.data.scorers import vqa as scored
-from interp_vlm.readouts.shards import Block, read_indices, write_shard
+from interp_vlm.readouts.shards import Block, fill, read_indices, replace_whole, write_shard
 
 ROOT = Path(__file__).parent.parent.parent
 COUNT, SHARD = 14, 2
@@ -121,6 +122,30 @@ def test_a_writer_killed_in_the_middle_of_a_shard(spawn, vlm, examples, whole, t
     assert (ones[1:], twos[1:]) == ([COUNT, COUNT], [COUNT, COUNT])
     assert contents(folder) == contents(whole)
     assert len(contents(folder)) == 2 * shards + 3
+
+
+def scribble(folder: Path, name: str) -> None:
+    def write(number):
+        with (folder / f"{name}.log").open("a") as log:
+            log.write(f"{number}\n")
+        for kind in ("safetensors", "parquet"):
+            replace_whole(folder / f"{number:05d}.{kind}", lambda path: path.write_text(str(number)))
+
+    fill(folder, 400, write, 60.0, lambda number: None)
+
+
+def test_many_shards_are_each_written_once(spawn, tmp_path):
+    victim, *_ = processes = [spawn(scribble, tmp_path, name) for name in ("a", "b", "c", "d")]
+    until((tmp_path / "00100.parquet").exists)
+    victim.kill()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] in ([-signal.SIGKILL, 0, 0, 0], [0] * 4)
+    logs = {path.stem: path.read_text().split() for path in tmp_path.glob("*.log")}
+    times = Counter(number for log in logs.values() for number in log)
+    assert sorted(map(int, times)) == list(range(400))
+    assert {number for number, count in times.items() if count > 1} <= set(logs["a"][-1:])
+    assert {path.read_text() for path in tmp_path.glob("00300.*") if path.suffix != ".lock"} == {"300"}
 
 
 def test_who_joins_must_do_the_same(vlm, examples, whole, tmp_path):
