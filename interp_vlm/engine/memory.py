@@ -9,7 +9,7 @@ import torch
 
 from interp_vlm.errors import InterventionError
 
-__all__ = ["DEFAULT", "Budget", "budget"]
+__all__ = ["DEFAULT", "Budget", "asked_for", "budget", "out_of_memory", "release"]
 
 Budget = str | int | float | None
 
@@ -17,6 +17,8 @@ DEFAULT = 0.25
 """Share of the device's free memory that captures and packed rows may take when nothing is said."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", re.IGNORECASE)
+# All that oneDNN, and C++ itself, say on a CPU when there is no room for what they need beside the tensors.
+_TERSE = ("could not create a primitive", "could not create a memory object", "std::bad_alloc")
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 
 
@@ -48,6 +50,44 @@ def budget(memory: Budget, device: torch.device) -> int:
     if found is None or float(found[1]) <= 0:
         raise InterventionError(f"memory={memory!r}", expected="bytes, a size such as '4GiB', or a share such as 0.5")
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on whatever device.
+
+    On GPUs that is `torch.OutOfMemoryError`; CPUs raise a RuntimeError of PyTorch's allocator, or MemoryError.
+
+    Example:
+        >>> out_of_memory(MemoryError()), out_of_memory(RuntimeError("shapes do not match"))
+        (True, False)
+    """
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and (should_reduce_batch_size(error) or str(error) in _TERSE)
+
+
+def asked_for(error: BaseException) -> str:
+    """How much was asked for when memory ran out, in words; empty where the error does not say.
+
+    Example:
+        >>> asked_for(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7733248 bytes."))
+        '7.4 MiB'
+    """
+    found = re.search(r"tried to allocate (\d+(?:\.\d+)?) ([KMGT]?i?B|bytes)", str(error), re.IGNORECASE)
+    if found is None:
+        return ""
+    size = float(found[1]) * _UNITS.get(found[2].upper(), 1)
+    unit = next((unit for unit in ("TiB", "GiB", "MiB", "KiB") if size >= _UNITS[unit.upper()]), "B")
+    return f"{size / _UNITS[unit.upper()]:.3g} {unit}"
+
+
+def release() -> None:
+    """Give back what is held on devices, and by reference cycles, and used no more."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
 
 
 def _free(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.cone import run_cone
+from interp_vlm.engine.memory import out_of_memory
 from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.plan import Plan
 from interp_vlm.engine.receipts import Receipt
@@ -193,8 +194,8 @@ def run_packed(
             cone = Packed(trunk, tuple(plan.layer for _, _, plan in part), rows, last)
             try:
                 found = _pass(root, access, cone, clean, part)
-            except torch.OutOfMemoryError:
-                if size == 1:
+            except Exception as error:
+                if size == 1 or not out_of_memory(error):
                     raise
                 size = min(size, len(part)) // 2 or 1
                 continue
