@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp_vlm import data, stats
+    from interp_vlm.engine.batches import Batches, batches
     from interp_vlm.engine.leaks import Leaks, leaks
     from interp_vlm.engine.receipts import Receipt
     from interp_vlm.engine.sites_of import sites_of
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "interp_vlm.engine.batches": ("Batches", "batches"),
     "interp_vlm.engine.leaks": ("Leaks", "leaks"),
     "interp_vlm.engine.receipts": ("Receipt",),
     "interp_vlm.engine.sites_of": ("sites_of",),
@@ -113,6 +115,7 @@ __all__ = [
     "AttentionKnockout",
     "Attribution",
     "Batch",
+    "Batches",
     "Cache",
     "DataError",
     "Generation",
@@ -137,6 +140,7 @@ __all__ = [
     "answer_logprob",
     "answer_probability",
     "attribution",
+    "batches",
     "data",
     "flipped",
     "head_contributions",
