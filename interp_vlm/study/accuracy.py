@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from math import exp
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,16 @@ import pandas as pd
 from interp_vlm.data.scorers import SCORERS
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.stats import mean, paired_test
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
 from interp_vlm.study.tables import corrected, row, tidy
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
 
 __all__ = ["ACCURACY"]
 
@@ -29,23 +31,22 @@ _OWN = ("condition", "kind", "category")
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question: the answer, its scores, and whether it is right."""
-    rows = []
-    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         answers = bench.vlm.run(batch).answers
         judge = Judge(bench.vlm, batch, examples)
         for number, (example, answer) in enumerate(zip(examples, answers, strict=True)):
-            rows.append(
-                {
-                    **identity(example, shard.condition),
-                    "answer": str(answer),
-                    "correct": judge.right(number, answer),
-                    "confidence": exp(answer.scores[normalised(answer)]),
-                    "scores": json.dumps({text: round(score, 6) for text, score in answer.scores.items()}),
-                    "first_token_only": judge.first_token_only[number],
-                    **{f"by_{name}": scorer(str(answer), example) for name, scorer in SCORERS.items()},
-                }
-            )
-    return pd.DataFrame(rows)
+            yield {
+                **identity(example, shard.condition),
+                "answer": str(answer),
+                "correct": judge.right(number, answer),
+                "confidence": exp(answer.scores[normalised(answer)]),
+                "scores": json.dumps({text: round(score, 6) for text, score in answer.scores.items()}),
+                "first_token_only": judge.first_token_only[number],
+                **{f"by_{name}": scorer(str(answer), example) for name, scorer in SCORERS.items()},
+            }
+
+    return pd.DataFrame(measured(bench.vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -10,14 +11,16 @@ from interp_vlm.interventions.ablation import Ablation
 from interp_vlm.readouts.metrics import MetricContext, flipped
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.study.changes import by_quantity, change_rows
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
 from interp_vlm.study.tables import tidy
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
 
 __all__ = ["BYPASS", "PARTS", "matched"]
 
@@ -38,29 +41,29 @@ def matched(n_layers: int) -> int:
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question, part and layer, and one without a bypass (layer -1)."""
-    vlm, rows = bench.vlm, []
+    vlm = bench.vlm
     count = vlm.anatomy.n_layers
     plan: list[tuple[dict[str, Any], list[Ablation]]] = [({"part": "none", "layer": -1, "matched": False}, [])]
     for part, site in PARTS.items():
         for layer in range(count):
             facts = {"part": part, "layer": layer, "matched": layer == matched(count)}
             plan.append((facts, [Ablation(site, layers=[layer], to="zero")]))
-    for examples, batch in batches(vlm, shard.examples, bench.settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         judge = Judge(vlm, batch, examples)
         for facts, edits in plan:
             run = vlm.run(batch, edits)
             flips = flipped(run.logits, MetricContext(run.clean_logits, batch, vlm.tokenizer))
             for number, (example, answer) in enumerate(zip(examples, run.answers, strict=True)):
-                rows.append(
-                    {
-                        **identity(example, shard.condition),
-                        **facts,
-                        "answer": normalised(answer),
-                        "correct": judge.right(number, answer),
-                        "flipped": bool(flips[number]),
-                    }
-                )
-    return pd.DataFrame(rows)
+                yield {
+                    **identity(example, shard.condition),
+                    **facts,
+                    "answer": normalised(answer),
+                    "correct": judge.right(number, answer),
+                    "flipped": bool(flips[number]),
+                }
+
+    return pd.DataFrame(measured(vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from interp_vlm.study.encoding import batches
+from interp_vlm.engine.batches import batches
 from interp_vlm.study.settings import Settings
 
 if TYPE_CHECKING:

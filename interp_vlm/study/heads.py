@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from interp_vlm.readouts.head_contribution import READ, heads_of
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.stats import auroc, mean, point_biserial
 from interp_vlm.study.attention_classifiers import CLASSIFIERS, OutOfFold, judged, out_of_fold
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
@@ -22,7 +22,9 @@ from interp_vlm.study.tables import corrected, row, tidy
 from interp_vlm.study.top_heads import squared, strongest, top_heads
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
 
 __all__ = ["HEADS"]
 
@@ -36,8 +38,8 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     All of the attention is the last prompt token's. Lists run over layers, then heads, then rows and columns of the
     picture; `layers`, `heads`, `map_rows` and `map_cols` say how many.
     """
-    rows = []
-    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         answers = bench.vlm.run(batch).answers
         cache = bench.vlm.capture(batch, [*READ, "pattern"], positions="last")
         parts = heads_of(bench.vlm, batch, cache).heads[..., 0].float().cpu().numpy()
@@ -46,23 +48,22 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             pattern, tokens = cache["pattern"][number], batch.tokens[number]
             attended = attention_map(pattern, tokens).astype(np.float32)
             layers, heads, map_rows, map_cols = attended.shape
-            rows.append(
-                {
-                    **identity(example, shard.condition),
-                    "answer": str(answer),
-                    "correct": judge.right(number, answer),
-                    "confidence": exp(answer.scores[normalised(answer)]),
-                    **attention_features(pattern, tokens),
-                    "layers": layers,
-                    "heads": heads,
-                    "map_rows": map_rows,
-                    "map_cols": map_cols,
-                    "mass": attended.sum(axis=(2, 3)).ravel(),
-                    "contribution": parts[number].ravel(),
-                    "map": attended.ravel(),
-                }
-            )
-    return pd.DataFrame(rows)
+            yield {
+                **identity(example, shard.condition),
+                "answer": str(answer),
+                "correct": judge.right(number, answer),
+                "confidence": exp(answer.scores[normalised(answer)]),
+                **attention_features(pattern, tokens),
+                "layers": layers,
+                "heads": heads,
+                "map_rows": map_rows,
+                "map_cols": map_cols,
+                "mass": attended.sum(axis=(2, 3)).ravel(),
+                "contribution": parts[number].ravel(),
+                "map": attended.ravel(),
+            }
+
+    return pd.DataFrame(measured(bench.vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:

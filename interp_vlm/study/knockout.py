@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,16 @@ from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.interventions.vary import vary, windows
 from interp_vlm.readouts.metrics import MetricContext, answer_probability, flipped
 from interp_vlm.stats import Estimate, difference, mean, paired_test
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.settings import Settings
 from interp_vlm.study.tables import corrected, row, tidy
 from interp_vlm.tokens import select
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
 
 __all__ = ["ALL_LAYERS", "EDGES", "KNOCKOUT"]
 
@@ -52,8 +55,9 @@ def knockouts(bench: Bench) -> dict[tuple[str, str, int], AttentionKnockout]:
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question and knockout: the probability of the answer that the model gave without it, and flips."""
-    vlm, rows = bench.vlm, []
-    for examples, batch in batches(vlm, shard.examples, bench.settings.batch_size):
+    vlm = bench.vlm
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         clean = vlm.run(batch)
         context = MetricContext(clean.logits, batch, vlm.tokenizer)
         before = answer_probability(clean.logits, context)
@@ -61,20 +65,19 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             run = vlm.run(batch, knockout)
             after, flips = answer_probability(run.logits, context), flipped(run.logits, context)
             for number, example in enumerate(examples):
-                rows.append(
-                    {
-                        **identity(example, shard.condition),
-                        "route": route,
-                        "window": window,
-                        "layer": layer,
-                        "before": float(before[number]),
-                        "after": float(after[number]),
-                        "change": 100 * float((after[number] - before[number]) / before[number]),
-                        "flipped": bool(flips[number]),
-                        "mass_left": run.receipts[0].mass_left,
-                    }
-                )
-    return pd.DataFrame(rows)
+                yield {
+                    **identity(example, shard.condition),
+                    "route": route,
+                    "window": window,
+                    "layer": layer,
+                    "before": float(before[number]),
+                    "after": float(after[number]),
+                    "change": 100 * float((after[number] - before[number]) / before[number]),
+                    "flipped": bool(flips[number]),
+                    "mass_left": run.receipts[0].mass_left,
+                }
+
+    return pd.DataFrame(measured(vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def summarise(rows: pd.DataFrame, settings: Settings) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from interp_vlm.readouts.spelling import prompt_ends, spellings
 from interp_vlm.stats import Estimate, difference, ratio_of_means
 from interp_vlm.stats.inputs import as_groups
 from interp_vlm.stats.resampling import RESAMPLES, divide, draws, estimates
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.settings import Settings
 from interp_vlm.study.tables import row, tidy
@@ -70,8 +70,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
 
     A question whose right answer is not one token has no margin (NaN).
     """
-    vlm, rows = bench.vlm, []
-    for examples, batch in batches(vlm, shard.examples, bench.settings.batch_size):
+    vlm = bench.vlm
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         scored = _one_token(vlm, examples, batch)
         margins = _margins(vlm, [example for example, one in zip(examples, scored, strict=True) if one], batch)
         relative, absolute = _updates(vlm, batch)
@@ -80,8 +81,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             own = next(margins) if one else dict.fromkeys(_MARGINS, [math.nan] * vlm.anatomy.n_layers)
             own |= {"relative_update": relative[number], "absolute_update": absolute[number]}
             for layer in range(vlm.anatomy.n_layers):
-                rows.append({**known, "layer": layer, **{name: values[layer] for name, values in own.items()}})
-    return pd.DataFrame(rows)
+                yield {**known, "layer": layer, **{name: values[layer] for name, values in own.items()}}
+
+    return pd.DataFrame(measured(vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def _one_token(vlm: VLM, examples: Sequence[Example], batch: Batch) -> list[bool]:

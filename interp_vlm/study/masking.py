@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
@@ -17,7 +17,7 @@ from interp_vlm.interventions.patch import ActivationPatch
 from interp_vlm.readouts.metrics import MetricContext, answer_probability, flipped
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.stats import difference, mean, paired_test
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
@@ -26,6 +26,7 @@ from interp_vlm.tokens import select
 from interp_vlm.tokens.select import Selector
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
@@ -112,8 +113,9 @@ def masks(settings: Settings) -> Iterator[Mask]:
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question and mask: masked image tokens become the mean image token of other pictures."""
-    vlm, rows = bench.vlm, []
-    for examples, batch in batches(vlm, shard.examples, bench.settings.batch_size):
+    vlm = bench.vlm
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         every = list(masks(bench.settings))
         # First what selectors measure: the run that it takes serves as the clean run as well.
         needy = [mask.selector for mask in every if mask.selector.needs]
@@ -122,7 +124,7 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
         judge = Judge(vlm, batch, examples)
         own_mean = _own_mean(vlm, batch)
         known = [{**identity(e, shard.condition), "sinks": len(at)} for e, at in zip(examples, sinks, strict=True)]
-        rows += _answered(vlm, batch, judge, known, [], {"mask": "none", "draw": 0, **MAIN})
+        yield from _answered(vlm, batch, judge, known, [], {"mask": "none", "draw": 0, **MAIN})
         for mask in every:
             to: Any = {"mean": bench.image_mean, "zero": "zero"}.get(mask.fill)
             edit: CellIntervention = (
@@ -130,8 +132,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
                 if mask.fill == "own mean"
                 else Ablation("projector_out", positions=mask.selector, to=to)
             )
-            rows += _answered(vlm, batch, judge, known, [edit], mask.facts)
-    return pd.DataFrame(rows)
+            yield from _answered(vlm, batch, judge, known, [edit], mask.facts)
+
+    return pd.DataFrame(measured(vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def _own_mean(vlm: VLM, batch: Batch) -> Cache:

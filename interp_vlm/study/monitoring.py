@@ -15,13 +15,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from interp_vlm.data.example import Example
+from interp_vlm.engine.batches import batches
 from interp_vlm.engine.place import layers_of
 from interp_vlm.errors import DataError
 from interp_vlm.probes.layerwise import probe_layers
 from interp_vlm.probes.scoring import one_pass
 from interp_vlm.sites import site as site_named
 from interp_vlm.stats import Estimate, auroc, auroc_difference, mean, risk_coverage
-from interp_vlm.study.encoding import batches
 from interp_vlm.study.folder import write_bytes
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.tables import row, tidy
@@ -29,6 +29,7 @@ from interp_vlm.study.tables import row, tidy
 if TYPE_CHECKING:
     from interp_vlm.probes.monitor import ReliabilityMonitor
     from interp_vlm.probes.report import ProbeReport
+    from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
 __all__ = ["Judged", "evaluate", "fitted_pictures", "judged", "measure", "probed", "set_aside", "write_report"]
@@ -78,17 +79,18 @@ def judged(
     if not len(examples):
         raise DataError("no examples", expected="at least one")
     numbers = tuple(layers_of(site_named(site), layers, vlm.anatomy))
-    hidden, answers, confidence, right = [], [], [], []
-    for some, batch in batches(vlm, examples, batch_size):
+
+    def passed(rows: Sequence[int], batch: Batch) -> list[tuple[Tensor, str, float, bool]]:
         found = one_pass(vlm, batch, site, numbers, choices)
-        judge = Judge(vlm, batch, some)
-        hidden.append(found.hidden.float().cpu())
-        answers += map(str, found.answers)
-        confidence += found.confidence
-        right += [judge.right(number, answer) for number, answer in enumerate(found.answers)]
-        progress(len(some))
+        judge = Judge(vlm, batch, [examples[row] for row in rows])
+        right = [judge.right(number, answer) for number, answer in enumerate(found.answers)]
+        progress(len(batch))
+        return list(zip(found.hidden.float().cpu(), map(str, found.answers), found.confidence, right, strict=True))
+
+    each = batches(vlm, examples, batch_size).each(passed)
+    hidden, answers, confidence, right = zip(*each, strict=True)
     return Judged(
-        tuple(examples), torch.cat(hidden), numbers, tuple(answers), np.array(confidence), np.array(right, dtype=bool)
+        tuple(examples), torch.stack(hidden), numbers, answers, np.array(confidence), np.array(right, dtype=bool)
     )
 
 

@@ -6,6 +6,7 @@ examples of other pictures than those that are ablated afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -15,18 +16,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.batches import batches
 from interp_vlm.errors import DataError
 from interp_vlm.probes.layerwise import probe_layers
 from interp_vlm.probes.logistic import reduce, solve
 from interp_vlm.probes.report import ProbeReport
 from interp_vlm.probes.sparse import stable_neurons
-from interp_vlm.study.encoding import batches
 from interp_vlm.study.experiment import Bench
 from interp_vlm.study.judge import Judge
 from interp_vlm.vlm import VLM, reference_mean
 
 if TYPE_CHECKING:
     from interp_vlm.stats import Estimate
+    from interp_vlm.tokens.batch import Batch
 
 __all__ = ["SITE", "Chosen", "chosen", "count_of", "equal_norm_sets", "random_sets", "ranking"]
 
@@ -90,14 +92,19 @@ def chosen(bench: Bench) -> Chosen:
 
 def _choose(bench: Bench) -> Chosen:
     vlm, seed = bench.vlm, bench.settings.seed
-    depth, found, right = round(DEPTH * (vlm.anatomy.n_layers - 1)), [], []
-    for examples, batch in batches(vlm, bench.fitting, bench.settings.batch_size):
-        judge = Judge(vlm, batch, examples)
-        right += [judge.right(number, answer) for number, answer in enumerate(vlm.run(batch).answers)]
-        found.append(vlm.capture(batch, SITE, positions="last")[SITE][:, :, 0].float().cpu())
+    depth = round(DEPTH * (vlm.anatomy.n_layers - 1))
+
+    def judged(numbers: Sequence[int], batch: Batch) -> list[tuple[bool, Tensor]]:
+        judge = Judge(vlm, batch, [bench.fitting[number] for number in numbers])
+        right = [judge.right(number, answer) for number, answer in enumerate(vlm.run(batch).answers)]
+        hidden = vlm.capture(batch, SITE, positions="last")[SITE][:, :, 0].float().cpu()
+        return list(zip(right, hidden, strict=True))
+
+    found = list(batches(vlm, bench.fitting, bench.settings.batch_size).each(judged))
     if not found:
         return Chosen(reason="no example is set aside on which a probe could be fitted")
-    values, groups = torch.cat(found), [example.group for example in bench.fitting]
+    right = [correct for correct, _ in found]
+    values, groups = torch.stack([hidden for _, hidden in found]), [example.group for example in bench.fitting]
     report = _report(values, right, groups, seed)
     if isinstance(report, str):
         return Chosen(reason=report)

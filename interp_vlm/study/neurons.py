@@ -23,7 +23,7 @@ from interp_vlm.readouts.metrics import MetricContext, flipped
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.stats import Estimate, paired_test
 from interp_vlm.study.changes import CHANGE, EQUIVALENCE, by_quantity, change_rows, unchanged
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.neuron_sets import SITE, Chosen, chosen, count_of, equal_norm_sets, random_sets
@@ -99,21 +99,23 @@ def edits(peak: int, depth: int, n_layers: int) -> dict[Edit, list[str]]:
 
 def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """One row per question, ablation and what it answers; of the random sets each question meets one."""
-    found, rows = chosen(bench), []
+    found = chosen(bench)
     bank = None if found.reason else _Bank(found, bench.settings)
-    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         judge = Judge(bench.vlm, batch, examples)
         known = [{**identity(example, shard.condition), "reason": found.reason} for example in examples]
         clean = {"set": "none", "size": "", "fill": "", "layer": -1, "draw": "", "at": ""}
-        rows += _answered(bench.vlm, batch, judge, known, [], [clean] * len(batch))
+        yield from _answered(bench.vlm, batch, judge, known, [], [clean] * len(batch))
         if bank is None:
-            continue
+            return
         cache = bench.vlm.capture(batch, SITE, positions="last")
         for edit, answers in edits(found.peak, found.depth, bench.vlm.anatomy.n_layers).items():
             ablation, facts = bank.ablation(edit, cache, examples)
             own = [{**fact, "at": at} for at in answers for fact in facts]
-            rows += _answered(bench.vlm, batch, judge, known, [ablation], own)
-    return pd.DataFrame(rows)
+            yield from _answered(bench.vlm, batch, judge, known, [ablation], own)
+
+    return pd.DataFrame(measured(bench.vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def _answered(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from interp_vlm.data.digits import Pair
+from interp_vlm.engine.batches import batches
 from interp_vlm.errors import SelectionError
 from interp_vlm.interventions.patch import ActivationPatch
 from interp_vlm.readouts.metrics import MetricContext, logit_difference
 from interp_vlm.readouts.spelling import prompt_ends, spellings_of
 from interp_vlm.stats import ratio_of_means
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
@@ -37,12 +38,13 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
 
     A difference is the score of the clean picture's right answer minus that of the corrupt picture's.
     """
-    vlm, size, rows = bench.vlm, bench.settings.batch_size, []
-    pairs = _with_logits(vlm, shard.pairs)
-    for start in range(0, len(pairs), size):
-        some = pairs[start : start + size]
-        ((cleans, clean),) = batches(vlm, [pair.clean for pair in some], size)
-        ((corrupts, corrupt),) = batches(vlm, [pair.corrupt for pair in some], size)
+    vlm, size = bench.vlm, bench.settings.batch_size
+    pairs = _with_logits(vlm, shard.pairs, size)
+
+    def rows_of(numbers: Sequence[int], clean: Batch) -> list[dict[str, Any]]:
+        some = [pairs[number] for number in numbers]
+        cleans, corrupts = [pair.clean for pair in some], [pair.corrupt for pair in some]
+        corrupt = vlm.encode([example.image for example in corrupts], [example.question for example in corrupts])
         metric = logit_difference([e.answer for e in cleans], [e.answer for e in corrupts])
         ends = {}
         for side, (batch, examples) in {"clean": (clean, cleans), "corrupt": (corrupt, corrupts)}.items():
@@ -50,6 +52,7 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
             judge = Judge(vlm, batch, examples)
             ends[f"ld_{side}"] = _values(metric, run.logits, batch, vlm)
             ends[f"{side}_right"] = [judge.right(number, answer) for number, answer in enumerate(run.answers)]
+        rows = []
         for what, patched in _patched(vlm, clean, corrupt, metric):
             for number, pair in enumerate(some):
                 own = {name: values[number] for name, values in ends.items()}
@@ -57,7 +60,10 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
                 rows.append(
                     {**identity(pair.clean, shard.condition), **changed, **what, **own, "ld_patched": patched[number]}
                 )
-    return pd.DataFrame(rows)
+        return rows
+
+    found = batches(vlm, [pair.clean for pair in pairs], size).map(rows_of)
+    return pd.DataFrame([row for _, rows in found for row in rows])
 
 
 def _patched(vlm: VLM, clean: Batch, corrupt: Batch, metric: Any) -> Iterator[tuple[dict[str, Any], list[float]]]:
@@ -75,11 +81,11 @@ def _values(metric: Any, logits: Any, batch: Batch, vlm: VLM) -> list[float]:
     return [float(value) for value in metric(logits, MetricContext(logits, batch, vlm.tokenizer))]
 
 
-def _with_logits(vlm: VLM, pairs: Sequence[Pair]) -> list[Pair]:
+def _with_logits(vlm: VLM, pairs: Sequence[Pair], size: int) -> list[Pair]:
     """The pairs whose two answers are one token each after the prompt; the others have no logit difference."""
     kept = []
-    batch = vlm.encode([pair.clean.image for pair in pairs], [pair.clean.question for pair in pairs])
-    for pair, end in zip(pairs, prompt_ends(batch, vlm.tokenizer), strict=True):
+    encoded = batches(vlm, [pair.clean for pair in pairs], size)
+    for pair, end in zip(pairs, encoded.each(lambda _, batch: prompt_ends(batch, vlm.tokenizer)), strict=True):
         try:
             spellings_of(vlm.tokenizer, end, [pair.clean.answer, pair.corrupt.answer])
         except SelectionError:

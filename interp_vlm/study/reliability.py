@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,15 @@ from interp_vlm.readouts.consistency import self_consistency
 from interp_vlm.readouts.lens import logit_entropy
 from interp_vlm.readouts.spelling import answer_vocabulary, normalised
 from interp_vlm.study.answered import answered
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.reliability_tables import SITE, sampling, summarise
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
     from interp_vlm.tokens.token_map import TokenMap
     from interp_vlm.vlm import VLM
 
@@ -36,8 +39,8 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
     """
     vlm, settings = bench.vlm, bench.settings
     how = sampling(settings)
-    rows = []
-    for examples, batch in batches(vlm, shard.examples, settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         run = vlm.run(batch)
         # One capture serves both positions: no token of the prompt sees the answer that follows it.
         longer = answered(vlm, batch, [answer.token for answer in run.answers])
@@ -48,24 +51,23 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
         judge = Judge(vlm, batch, examples)
         for number, (example, answer) in enumerate(zip(examples, run.answers, strict=True)):
             right = judge.right(number, answer)
-            rows.append(
-                {
-                    **identity(example, shard.condition),
-                    "answer": str(answer),
-                    "correct": right,
-                    "answer_length": len(answer),
-                    **_output(answer),
-                    "logit_certainty": float(certainty[number]),
-                    **_attention(longer.tokens[number], cache["pattern"][number, :, :, :1]),
-                    "agreement": float(sampled.agreement[number]),
-                    "majority": sampled.majority[number],
-                    "majority_correct": _majority_right(vlm, judge, number, sampled.majority[number], answer, right),
-                    "layers": cache[SITE].shape[1],
-                    "hidden": _flat(cache[SITE][number, :, 0]),
-                    "hidden_after": _flat(cache[SITE][number, :, 1]),
-                }
-            )
-    return pd.DataFrame(rows)
+            yield {
+                **identity(example, shard.condition),
+                "answer": str(answer),
+                "correct": right,
+                "answer_length": len(answer),
+                **_output(answer),
+                "logit_certainty": float(certainty[number]),
+                **_attention(longer.tokens[number], cache["pattern"][number, :, :, :1]),
+                "agreement": float(sampled.agreement[number]),
+                "majority": sampled.majority[number],
+                "majority_correct": _majority_right(vlm, judge, number, sampled.majority[number], answer, right),
+                "layers": cache[SITE].shape[1],
+                "hidden": _flat(cache[SITE][number, :, 0]),
+                "hidden_after": _flat(cache[SITE][number, :, 1]),
+            }
+
+    return pd.DataFrame(measured(vlm, shard.examples, settings.batch_size, rows_of))
 
 
 def _output(answer: Answer) -> dict[str, float]:

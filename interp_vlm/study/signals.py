@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import exp
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from interp_vlm.readouts.attention import structure
 from interp_vlm.readouts.spelling import normalised
 from interp_vlm.stats import auroc, mean, point_biserial
-from interp_vlm.study.encoding import batches, identity
+from interp_vlm.study.encoding import identity, measured
 from interp_vlm.study.experiment import Bench, Experiment
 from interp_vlm.study.judge import Judge
 from interp_vlm.study.settings import Settings
@@ -21,7 +21,9 @@ from interp_vlm.study.tables import corrected, row, tidy
 from interp_vlm.tokens import select
 
 if TYPE_CHECKING:
+    from interp_vlm.data.example import Example
     from interp_vlm.study.material import Shard
+    from interp_vlm.tokens.batch import Batch
     from interp_vlm.tokens.token_map import TokenMap
 
 __all__ = ["CORRECTED", "LAST", "MEAN_LAYER", "MEASURES", "QUARTER", "SHAPE", "SIGNALS", "STEP"]
@@ -56,8 +58,8 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
 
     The attention is that of the last prompt token on the image tokens, averaged over heads.
     """
-    rows = []
-    for examples, batch in batches(bench.vlm, shard.examples, bench.settings.batch_size):
+
+    def rows_of(examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
         # First what selectors measure: the run that it takes serves as the clean run as well.
         sinks = bench.vlm.positions(batch, select.sinks())
         answers = bench.vlm.run(batch).answers
@@ -71,8 +73,9 @@ def measure(bench: Bench, shard: Shard) -> pd.DataFrame:
                 "confidence": exp(answer.scores[normalised(answer)]),
                 "sink_tokens": len(sinks[number]),
             }
-            rows += [{**known, **shape} for shape in _shapes(patterns[number], batch.tokens[number], sinks[number])]
-    return pd.DataFrame(rows)
+            yield from ({**known, **shape} for shape in _shapes(patterns[number], batch.tokens[number], sinks[number]))
+
+    return pd.DataFrame(measured(bench.vlm, shard.examples, bench.settings.batch_size, rows_of))
 
 
 def _shapes(pattern: Tensor, tokens: TokenMap, sinks: Tensor) -> list[dict[Any, Any]]:
