@@ -60,6 +60,16 @@ class Block:
     mask: Bool[Tensor, "batch pos"]
     rows: Sequence[Mapping[str, Any]]
 
+    def alone(self) -> list[Block]:
+        """Each example by itself, in the memory of the CPU."""
+        values = {site: found.cpu() for site, found in self.values.items()}
+        positions, mask = self.positions.cpu(), self.mask.cpu()
+        ones = [slice(number, number + 1) for number in range(len(self.rows))]
+        return [
+            Block({site: found[one] for site, found in values.items()}, self.layers, positions[one], mask[one], [row])
+            for one, row in zip(ones, self.rows, strict=True)
+        ]
+
 
 def finished(folder: Path, number: int) -> bool:
     """Whether a shard is there, whole."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from interp_vlm.data.example import Example
 from interp_vlm.data.scorers import vqa
+from interp_vlm.engine.batches import batches
 from interp_vlm.engine.place import layers_of
 from interp_vlm.errors import DataError, InterventionError
 from interp_vlm.readouts.identity import ModelIdentity, identity_of
@@ -33,6 +34,7 @@ from interp_vlm.tokens import select
 if TYPE_CHECKING:
     import pandas as pd
 
+    from interp_vlm.tokens.batch import Batch
     from interp_vlm.vlm import VLM
 
 __all__ = ["Store", "open", "write"]
@@ -292,11 +294,12 @@ class _Capture:
         self.what = (sites, positions, layers)
 
     def blocks(self, start: int, stop: int, batch_size: int) -> Iterator[Block]:
-        for first in range(start, stop, batch_size):
-            yield self.block(self.examples[first : min(first + batch_size, stop)])
+        examples = self.examples[start:stop]
+        yield from batches(self.vlm, examples, batch_size).each(
+            lambda numbers, batch: self.block([examples[number] for number in numbers], batch).alone()
+        )
 
-    def block(self, examples: Sequence[Example]) -> Block:
-        batch = self.vlm.encode([example.image for example in examples], [example.question for example in examples])
+    def block(self, examples: Sequence[Example], batch: Batch) -> Block:
         cache, run = self.vlm.capture(batch, *self.what), self.vlm.run(batch, choices=self.choices)
         numbered = batch.inputs["attention_mask"].long().cumsum(dim=1) - 1
         confidence = output_confidence(run.logits).tolist()
@@ -340,6 +343,6 @@ def _fingerprint(examples: Sequence[Example]) -> str:
 
 def _fitting(capture: _Capture, dtype: torch.dtype) -> int:
     """How many examples like the first make a shard of 64 MiB."""
-    block = capture.block(capture.examples[:1])
+    (block,) = capture.blocks(0, 1, 1)
     size = sum(values.numel() for values in block.values.values()) * dtype.itemsize
     return max(1, min(SHARD_EXAMPLES, SHARD_BYTES // size))
