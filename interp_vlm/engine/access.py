@@ -1,7 +1,7 @@
 """Where the sites lie in a running model: reading and writing one site at one layer inside an nnsight trace.
 
-This is the only module that touches nnsight's envoys. Everything else sees canonical shapes:
-activations (batch, pos, ...), masks as True = may attend (batch, 1 or head, query, key).
+This module and `plain`, which does the reading and writing, are the only ones that touch nnsight's envoys. Everything
+else sees canonical shapes: activations (batch, pos, ...), masks as True = may attend (batch, 1 or head, query, key).
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from nnsight import NNsight
+from nnsight.intervention.envoy import Envoy
 from torch import Tensor
 
+from interp_vlm.engine import plain
 from interp_vlm.engine.prefix import Prefix
 from interp_vlm.errors import InterventionError
 from interp_vlm.models.anatomy import Anatomy
+from interp_vlm.sites import SITES
 
-__all__ = ["Access", "AttentionInputs", "as_additive", "as_keep"]
+__all__ = ["Access", "AttentionInputs", "as_keep", "place_of", "places_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class Access:
         anatomy: the facts of its architecture.
     """
 
-    def __init__(self, root: NNsight, anatomy: Anatomy) -> None:
+    def __init__(self, root: Envoy, anatomy: Anatomy) -> None:
         self.root, self.anatomy = root, anatomy
 
     # nnsight's envoys serve `.input` and `.output` through descriptors that type checkers cannot follow: hence Any.
@@ -72,82 +74,22 @@ class Access:
 
     def read(self, site: str, layer: int) -> Tensor:
         """The live value of a site in canonical shape; clone it before changing it, or keeping it beside an edit."""
-        return getattr(self, f"_read_{site}")(layer)
+        if site == "attn_mask":
+            _, kwargs = self.inside(layer, self.anatomy.attn).inputs
+            return as_keep(kwargs["attention_mask"], kwargs["hidden_states"], kwargs.get("past_key_values"), layer)
+        return plain.read(self.root, place_of(self.anatomy, site, layer))
 
     def write(self, site: str, layer: int, value: Tensor) -> None:
         """Make the model go on with `value` at this site."""
-        getattr(self, f"_write_{site}")(layer, value)
-
-    # -- decoder ---------------------------------------------------------------------------------------------------
-
-    def _read_resid_pre(self, layer: int) -> Tensor:
-        return self.layer(layer).input
-
-    def _write_resid_pre(self, layer: int, value: Tensor) -> None:
-        self.layer(layer).input = value
-
-    def _read_resid_mid(self, layer: int) -> Tensor:
-        return self.inside(layer, self.anatomy.resid_mid).input
-
-    def _write_resid_mid(self, layer: int, value: Tensor) -> None:
-        # The layer keeps its own reference to this tensor as the residual, so the edit has to be made in it.
-        self.inside(layer, self.anatomy.resid_mid).input.copy_(value)
-
-    def _read_resid_post(self, layer: int) -> Tensor:
-        return _first(self.layer(layer).output)
-
-    def _write_resid_post(self, layer: int, value: Tensor) -> None:
-        self.layer(layer).output = _with_first(self.layer(layer).output, value)
-
-    def _read_attn_out(self, layer: int) -> Tensor:
-        return _first(self.inside(layer, self.anatomy.attn_out).output)
-
-    def _write_attn_out(self, layer: int, value: Tensor) -> None:
-        module = self.inside(layer, self.anatomy.attn_out)
-        module.output = _with_first(module.output, value)
-
-    def _read_mlp_out(self, layer: int) -> Tensor:
-        return _first(self.inside(layer, self.anatomy.mlp_out).output)
-
-    def _write_mlp_out(self, layer: int, value: Tensor) -> None:
-        module = self.inside(layer, self.anatomy.mlp_out)
-        module.output = _with_first(module.output, value)
-
-    def _read_z(self, layer: int) -> Tensor:
-        flat = self._attn(layer, self.anatomy.o).input
-        return flat.unflatten(-1, (self.anatomy.n_heads, self.anatomy.d_head))
-
-    def _write_z(self, layer: int, value: Tensor) -> None:
-        self._attn(layer, self.anatomy.o).input = value.flatten(-2)
-
-    def _read_mlp_post(self, layer: int) -> Tensor:
-        return self.inside(layer, f"{self.anatomy.mlp}.{self.anatomy.down}").input
-
-    def _write_mlp_post(self, layer: int, value: Tensor) -> None:
-        self.inside(layer, f"{self.anatomy.mlp}.{self.anatomy.down}").input = value
-
-    # -- attention -------------------------------------------------------------------------------------------------
-
-    def _attn(self, layer: int, path: str = "") -> Any:
-        return self.inside(layer, f"{self.anatomy.attn}.{path}" if path else self.anatomy.attn)
-
-    def _read_attn_mask(self, layer: int) -> Tensor:
-        _, kwargs = self._attn(layer).inputs
-        return as_keep(kwargs["attention_mask"], kwargs["hidden_states"], kwargs.get("past_key_values"), layer)
-
-    def _write_attn_mask(self, layer: int, value: Tensor) -> None:
-        args, kwargs = self._attn(layer).inputs
-        found = kwargs["attention_mask"]
-        # A mask of the caller's own kind: boolean for sdpa, additive for eager.
-        mask = value if found is None or found.dtype == torch.bool else as_additive(value, found)
-        self._attn(layer).inputs = (args, {**kwargs, "attention_mask": mask})
+        plain.write(self.root, place_of(self.anatomy, site, layer), value)
 
     def read_attention(self, layer: int) -> AttentionInputs:
         """Everything that attention of one layer read, for rebuilding its weights after the run."""
-        _, kwargs = self._attn(layer).inputs
+        a, attn = self.anatomy, self.inside(layer, self.anatomy.attn)
+        _, kwargs = attn.inputs
         found, (cos, sin) = kwargs["attention_mask"], kwargs["position_embeddings"]
         keep = None if found is None else as_keep(found, kwargs["hidden_states"], None, layer)
-        q, k, v = (self._attn(layer, name).output for name in (self.anatomy.q, self.anatomy.k, self.anatomy.v))
+        q, k, v = (self.find(name, attn).output for name in (a.q, a.k, a.v))
         past = kwargs.get("past_key_values")
         return AttentionInputs(keep, cos, sin, q, k, v, past.before(layer) if isinstance(past, Prefix) else None)
 
@@ -158,25 +100,6 @@ class Access:
     def read_decoder_call(self) -> dict[str, Any]:
         """The keyword arguments of the decoder, without its key-value cache."""
         return _without_cache(self.find(self.anatomy.decoder).inputs[1])
-
-    # -- image side ------------------------------------------------------------------------------------------------
-
-    def _read_projector_out(self, layer: int) -> Tensor:
-        return self.find(self.anatomy.decoder).inputs[1]["inputs_embeds"]
-
-    def _write_projector_out(self, layer: int, value: Tensor) -> None:
-        decoder = self.find(self.anatomy.decoder)
-        args, kwargs = decoder.inputs
-        decoder.inputs = (args, {**kwargs, "inputs_embeds": value})
-
-    def _vision(self, layer: int) -> Any:
-        return self.find(self.anatomy.vision_layers)[layer]
-
-    def _read_vision_post(self, layer: int) -> Tensor:
-        return _first(self._vision(layer).output)
-
-    def _write_vision_post(self, layer: int, value: Tensor) -> None:
-        self._vision(layer).output = _with_first(self._vision(layer).output, value)
 
     def read_logits(self) -> Tensor:
         """The logits of the whole forward pass, (batch, pos, vocab)."""
@@ -211,20 +134,35 @@ def as_keep(found: Tensor | None, hidden: Tensor, past: Any, layer: int) -> Bool
     return found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2
 
 
-def as_additive(
-    keep: Bool[Tensor, "batch heads query key"], found: Float[Tensor, "#batch _ query key"]
-) -> Float[Tensor, "batch heads query key"]:
-    """An additive mask with everything outside `keep` blocked by its dtype's lowest value, any bias inside kept."""
-    return torch.where(keep, found, torch.finfo(found.dtype).min)
-
-
 def _without_cache(call: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in call.items() if name not in ("past_key_values", "use_cache")}
 
 
-def _first(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
+def place_of(anatomy: Anatomy, site: str, layer: int) -> tuple[str, str, tuple[int, int] | None]:
+    """Where a site lies, and how it is read there, as `plain.read` takes it."""
+    a = anatomy
+    if site == "projector_out":
+        return (a.decoder, "embeddings", None)
+    if site == "vision_post":
+        return (f"{a.vision_layers}.{layer}", "output", None)
+    path, how = {
+        "resid_pre": ("", "input"),
+        "attn_mask": (a.attn, "mask"),
+        "z": (f"{a.attn}.{a.o}", "input"),
+        "attn_out": (a.attn_out, "output"),
+        "resid_mid": (a.resid_mid, "in place"),
+        "mlp_post": (f"{a.mlp}.{a.down}", "input"),
+        "mlp_out": (a.mlp_out, "output"),
+        "resid_post": ("", "output"),
+    }[site]
+    return (f"{a.layers}.{layer}.{path}".rstrip("."), how, (a.n_heads, a.d_head) if site == "z" else None)
 
 
-def _with_first(old: Any, value: Tensor) -> Any:
-    return (value, *old[1:]) if isinstance(old, tuple) else value
+def places_of(anatomy: Anatomy) -> dict[str, list[tuple[str, str, tuple[int, int] | None]]]:
+    """The places of every site that a trace can read, by layer."""
+    counts = {"decoder": anatomy.n_layers, "vision": anatomy.n_vision_layers, "projector": 1}
+    return {
+        name: [place_of(anatomy, name, layer) for layer in range(counts[row.part])]
+        for name, row in SITES.items()
+        if name != "pattern"
+    }

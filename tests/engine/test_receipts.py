@@ -57,7 +57,7 @@ class TestSabotage:
     def test_a_mask_that_is_not_written_shows(self, family, attn, monkeypatch):
         setting = Setting(family, attn, 32)
         honest = setting.vlm.run(setting.batch, self.knockout).receipts[0]
-        monkeypatch.setattr(Access, "_write_attn_mask", lambda *_: None)
+        monkeypatch.setattr(Access, "write", lambda *_: None)
         receipt = setting.vlm.run(setting.batch, self.knockout).receipts[0]
         assert honest.mass_left == 0.0
         assert receipt.mass_left > 1e-3
@@ -79,14 +79,14 @@ class TestSabotage:
         assert receipt.unexplained > 1e-2
 
     def test_edges_of_too_few_heads_show(self, monkeypatch):
-        setting, write = Setting("llava", bits=32), Access._write_attn_mask
+        setting, write = Setting("llava", bits=32), Access.write
 
-        def first_head_alone(self, layer, value):
-            before = self.read("attn_mask", layer).expand(-1, 4, -1, -1).clone()
+        def first_head_alone(self, site, layer, value):
+            before = self.read(site, layer).expand(-1, 4, -1, -1).clone()
             before[:, 0] = value[:, 0]
-            write(self, layer, before)
+            write(self, site, layer, before)
 
-        monkeypatch.setattr(Access, "_write_attn_mask", first_head_alone)
+        monkeypatch.setattr(Access, "write", first_head_alone)
         assert setting.vlm.run(setting.batch, self.knockout).receipts[0].mass_left > 1e-3
 
 
