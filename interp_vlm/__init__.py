@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from interp_vlm import data, stats
     from interp_vlm.engine.batches import Batches, batches
     from interp_vlm.engine.leaks import Leaks, leaks
+    from interp_vlm.engine.means import reference_mean
     from interp_vlm.engine.receipts import Receipt
     from interp_vlm.engine.sites_of import sites_of
     from interp_vlm.engine.sweep import Sweep
@@ -52,13 +53,14 @@ if TYPE_CHECKING:
     from interp_vlm.tokens import select
     from interp_vlm.tokens.batch import Batch
     from interp_vlm.tokens.token_map import TokenMap
-    from interp_vlm.vlm import VLM, load, reference_mean, sweep
+    from interp_vlm.vlm import VLM, load, sweep
 
 __version__ = "0.1.0"
 
 _HOME = {
     "interp_vlm.engine.batches": ("Batches", "batches"),
     "interp_vlm.engine.leaks": ("Leaks", "leaks"),
+    "interp_vlm.engine.means": ("reference_mean",),
     "interp_vlm.engine.receipts": ("Receipt",),
     "interp_vlm.engine.sites_of": ("sites_of",),
     "interp_vlm.engine.sweep": ("Sweep",),
@@ -94,7 +96,7 @@ _HOME = {
     "interp_vlm.tokens.batch": ("Batch",),
     "interp_vlm.tokens.token_map": ("TokenMap",),
     "interp_vlm.readouts.run": ("Generation", "Run"),
-    "interp_vlm.vlm": ("VLM", "load", "reference_mean", "sweep"),
+    "interp_vlm.vlm": ("VLM", "load", "sweep"),
 }
 _MODULES = {
     "data": "interp_vlm.data",

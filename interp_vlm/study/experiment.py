@@ -40,7 +40,7 @@ class Bench:
     @cached_property
     def image_mean(self) -> Tensor:
         """The mean projected image token of the reference pictures, (d,)."""
-        from interp_vlm.vlm import reference_mean
+        from interp_vlm.engine.means import reference_mean
 
         encoded = [batch for _, batch in batches(self.vlm, self.reference, self.settings.batch_size)]
         return reference_mean(self.vlm, encoded, "projector_out")

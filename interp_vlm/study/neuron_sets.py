@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp_vlm.engine.batches import batches
+from interp_vlm.engine.means import reference_mean
 from interp_vlm.errors import DataError
 from interp_vlm.probes.layerwise import probe_layers
 from interp_vlm.probes.logistic import reduce, solve
@@ -24,7 +25,7 @@ from interp_vlm.probes.report import ProbeReport
 from interp_vlm.probes.sparse import stable_neurons
 from interp_vlm.study.experiment import Bench
 from interp_vlm.study.judge import Judge
-from interp_vlm.vlm import VLM, reference_mean
+from interp_vlm.vlm import VLM
 
 if TYPE_CHECKING:
     from interp_vlm.stats import Estimate
