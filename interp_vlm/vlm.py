@@ -8,21 +8,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
 from interp_vlm.engine.devices import Wrapped, input_device
-from interp_vlm.engine.full import alone, alongside, visit
 from interp_vlm.engine.leaks import Leaks, leaks
+from interp_vlm.engine.live import Live, Tracer
 from interp_vlm.engine.memory import Budget
-from interp_vlm.engine.place import resolve, selected
+from interp_vlm.engine.place import selected
 from interp_vlm.engine.plan import Plan
-from interp_vlm.engine.receipts import Receipt, refuse_without_effect
+from interp_vlm.engine.receipts import Receipt
+from interp_vlm.engine.remote import Remote, Where
 from interp_vlm.engine.runner import Engine, Outcome
+from interp_vlm.engine.sites_of import Sites
 from interp_vlm.engine.sweep import Sweep
-from interp_vlm.errors import InterventionError
-from interp_vlm.interventions.base import CellIntervention, Intervention
+from interp_vlm.errors import InterventionError, ModelError
+from interp_vlm.interventions.base import Intervention
 from interp_vlm.interventions.cache import Cache
 from interp_vlm.models import loading
 from interp_vlm.models.anatomy import Anatomy, describe
@@ -33,11 +35,10 @@ from interp_vlm.readouts.metrics import Metric, MetricContext, logit_difference
 from interp_vlm.readouts.run import Generation, Run
 from interp_vlm.readouts.spelling import prompt_ends
 from interp_vlm.sites import SITES
-from interp_vlm.sites import site as site_named
 from interp_vlm.tokens import select
 from interp_vlm.tokens.batch import Batch
 
-__all__ = ["VLM", "load", "reference_mean", "sweep"]
+__all__ = ["VLM", "load", "sweep"]
 
 
 class VLM:
@@ -47,6 +48,8 @@ class VLM:
         model: an image-text model of a registered architecture; it is not copied and never changed.
         processor: its processor.
         name: how results call it; by default the name it was loaded by.
+        revision: the one on the hub, for runs on NDIF.
+        remote: whether the weights are on NDIF alone, and the model here is an outline on the meta device.
 
     Raises:
         ModelError: for an architecture that is not in the table, weights on the meta device, or on several devices
@@ -59,14 +62,43 @@ class VLM:
         4
     """
 
-    def __init__(self, model: nn.Module, processor: Any, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        remote: bool = False,
+    ) -> None:
         self.model, self.processor = model, processor
         self.name = name or getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-        loading.check_devices(model)
+        if not remote:
+            loading.check_devices(model)
         self.anatomy: Anatomy = describe(model)
         self.nnsight = Wrapped(model)
-        self._engine = Engine(self.nnsight, self.anatomy, self.name)
-        self._traced: list[Batch] = []
+        self._outline = remote
+        self._here = Engine(self.nnsight, self.anatomy, self.name)
+        self._live = Live(self._here.clean)
+        self._remote = Remote(model, processor, self.anatomy, revision)
+        self._elsewhere: dict[Where, Engine] = {}
+
+    @property
+    def _engine(self) -> Engine:
+        if self._outline:
+            raise ModelError(
+                f"the weights of {self.name!r} are not on this machine",
+                expected="remote=True in vlm.run, vlm.capture and vlm.trace: nothing else runs elsewhere",
+                remedy="or load the model without remote=True",
+            )
+        return self._here
+
+    def _engine_at(self, where: Where) -> Engine:
+        if not where:
+            return self._engine
+        if where not in self._elsewhere:
+            self._elsewhere[where] = Engine(self.nnsight, self.anatomy, self.name, self._remote.forward(where))
+        return self._elsewhere[where]
 
     @property
     def tokenizer(self) -> Any:
@@ -75,7 +107,7 @@ class VLM:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return input_device(self.model)
+        return torch.device("cpu") if self._outline else input_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +136,7 @@ class VLM:
         *,
         choices: Sequence[str] | None = None,
         engine: str = "auto",
+        remote: Where = False,
     ) -> Run:
         """Run a batch with interventions and read the answers.
 
@@ -112,9 +145,12 @@ class VLM:
             interventions: applied in the model's own order; two edits of the same cells in the order of the list.
             choices: closed answers to choose between, for example ("yes", "no"); by default the whole vocabulary.
             engine: "auto" takes the smallest plan that is exact; "last_row", "suffix", "resume" and "full" ask for one.
+            remote: False runs here, True on NDIF by the plan "full", an address ("https://HOST") on that NDIF server;
+                "local" rehearses: everything is packed as for NDIF, unpacked without this package, and run here.
 
         Raises:
-            InterventionError: for an intervention out of range, or one that cannot have an effect.
+            InterventionError: for an intervention out of range, one that cannot have an effect, or cannot be sent.
+            ModelError: when NDIF cannot be reached, wants a key, or does not have the model.
 
         Example:
             >>> import interp_vlm as iv
@@ -125,7 +161,11 @@ class VLM:
             >>> run.receipts[0].mass_left
             0.0
         """
-        outcome = self._engine.run(batch, _listed(interventions), engine)
+        if remote and engine not in ("auto", "full"):
+            raise InterventionError(
+                f"engine={engine!r} with remote={remote!r}", expected="engine='full', the one plan of remote runs"
+            )
+        outcome = self._engine_at(remote).run(batch, _listed(interventions), "full" if remote else engine)
         return self._read(outcome, batch, choices)
 
     def _read(self, outcome: Outcome, batch: Batch, choices: Sequence[str] | None) -> Run:
@@ -140,6 +180,8 @@ class VLM:
         positions: Any = "all",
         layers: Any = "all",
         interventions: Intervention | Sequence[Intervention] = (),
+        *,
+        remote: Where = False,
     ) -> Cache:
         """Record activations of a run.
 
@@ -149,12 +191,13 @@ class VLM:
             positions: a role, a selector or positions.
             layers: an int, a range, a list or "all".
             interventions: made in the same run; captured values are those after the edits.
+            remote: see `run`.
 
         Returns:
             A cache with (batch, layer, pos, ...) per site, padded where examples select different numbers of positions.
         """
         names = [sites] if isinstance(sites, str) else list(sites)
-        cache = self._engine.capture(batch, names, positions, layers, _listed(interventions))
+        cache = self._engine_at(remote).capture(batch, names, positions, layers, _listed(interventions))
         return replace(cache, origin=weakref.ref(self))
 
     def generate(
@@ -239,11 +282,16 @@ class VLM:
         evidence = self._engine.clean.of(batch, wanted.needs).evidence if wanted.needs else {}
         return [row.nonzero().flatten() for row in selected(batch, wanted, evidence)]
 
-    def trace(self, batch: Batch, **options: Any) -> InterleavingTracer:
+    def trace(self, batch: Batch, *, remote: Where = False, **options: Any) -> InterleavingTracer:
         """A real nnsight trace of the model on a batch, for everything that the vocabulary does not say.
 
         Inside the block, `vlm.site(name, layer)` reads a site and `intervention.apply(vlm)` edits one, in the model's
         own order, next to any nnsight code on `vlm.nnsight`. The block ends before another run can begin.
+
+        Args:
+            batch: encoded examples.
+            remote: see `run`.
+            options: further keyword arguments of the model.
 
         Example:
             >>> import interp_vlm as iv
@@ -255,65 +303,21 @@ class VLM:
             >>> hidden.shape[-1]
             128
         """
-        tracer = self.nnsight.trace(**batch.inputs, tracer_cls=_Tracer, **options)
-        assert isinstance(tracer, _Tracer)
-        tracer.vlm, tracer.batch = self, batch
-        return tracer
+        if remote:
+            root: Any = self._remote.root
+            options["backend"] = self._remote.backend(remote, self._live.stand_ins(self, self._remote, batch))
+            options |= self._remote.inputs(batch.inputs)
+        else:
+            root = self._engine.root
+            options |= batch.inputs
+        return root.trace(tracer_cls=Tracer, **options).begin(self._live, batch)
 
     def site(self, name: str, layer: int = 0) -> Tensor:
         """The live value of a site inside a `vlm.trace` block, (batch, pos, ...); masks as True = may attend.
 
         Clone what you keep beside an edit of the same site, as in every nnsight trace.
         """
-        row = site_named(name)
-        if name == "pattern":
-            raise InterventionError(
-                "'pattern' is rebuilt after a run",
-                expected="another site in a trace",
-                remedy="vlm.capture(batch, sites=['pattern'])",
-            )
-        if not self._traced:
-            raise InterventionError(
-                f"site {name!r} outside a trace",
-                expected="a `with vlm.trace(batch):` block",
-                remedy="or use vlm.capture",
-            )
-        count = {"decoder": self.anatomy.n_layers, "vision": self.anatomy.n_vision_layers, "projector": 1}[row.part]
-        if not -count <= layer < count:
-            raise InterventionError(f"layer {layer} does not exist", expected=f"{-count} to {count - 1}")
-        return self._engine.access.read(name, layer % count)
-
-    def _apply_live(self, intervention: Intervention) -> None:
-        if not self._traced:
-            raise InterventionError(
-                f"{intervention!r}.apply outside a trace",
-                expected="a `with vlm.trace(batch):` block",
-                remedy="or use vlm.run",
-            )
-        batch = self._traced[-1]
-        needs = {name for selector in intervention.selectors for name in selector.needs}
-        known = self._engine.clean.known(batch)
-        evidence = known.evidence if known else {}
-        missing = sorted(needs - set(evidence))
-        if missing:
-            raise InterventionError(
-                f"{intervention!r} selects by {', '.join(missing)}, which is measured on the run without interventions",
-                expected="a selection that is resolved before the trace",
-                remedy="call vlm.positions(batch, selector) before the block",
-            )
-        place = resolve(intervention, batch, self.anatomy, evidence)
-        access, first, *later = self._engine.access, *sorted(place.layers)
-
-        def act(layer: int) -> None:
-            if isinstance(intervention, CellIntervention) and intervention.needs_clean:
-                place.clean_values[layer] = access.read(place.site.name, layer)
-            visit(access, place.site.name, layer, [place])
-            if layer == max(place.layers):
-                refuse_without_effect([place])
-
-        act(first)
-        if later:
-            alongside(self.nnsight, lambda: [act(layer) for layer in later])
+        return Sites(self._engine.access, "vlm.trace(batch)", "vlm")[name, layer]
 
     def __repr__(self) -> str:
         a = self.anatomy
@@ -350,27 +354,13 @@ class VLM:
         )
 
 
-class _Tracer(InterleavingTracer):
-    """A trace that holds the lock while its block runs, and tells the model which batch is running."""
-
-    vlm: VLM
-    batch: Batch
-
-    def execute(self, code: Any) -> None:
-        with alone("a trace"):
-            self.vlm._traced.append(self.batch)
-            try:
-                super().execute(code)
-            finally:
-                self.vlm._traced.pop()
-
-
 def load(name_or_path: str, **options: Any) -> VLM:
     """Load a model by hub id, local folder or scheme ("testbed:llava").
 
     Args:
         name_or_path: what to load.
-        options: `revision`, `dtype`, `device_map`, `attn_implementation` ("sdpa"), `trust_remote_code` (False).
+        options: `revision`, `dtype`, `device_map`, `attn_implementation` ("sdpa"), `trust_remote_code` (False), and
+            `remote` (False): load everything but the weights, for runs on NDIF.
 
     Raises:
         ModelError: when it is not there, is no image-text model, or its architecture is not in the table.
@@ -381,7 +371,8 @@ def load(name_or_path: str, **options: Any) -> VLM:
         'bidirectional'
     """
     model, processor = loading.load(name_or_path, **options)
-    return VLM(model, processor, name=name_or_path)
+    there = {name: options[name] for name in ("revision", "remote") if name in options}
+    return VLM(model, processor, name=name_or_path, **there)
 
 
 def sweep(
@@ -406,46 +397,6 @@ def sweep(
         A `Sweep` with `.values` (intervention, example), `.frame()` and `.plot()`.
     """
     return vlm.sweep(batches, many, metric, **options)
-
-
-def reference_mean(
-    vlm: VLM, batches: Batch | Sequence[Batch], site: str, layers: Any = "all", positions: Any = "all"
-) -> Float[Tensor, "layer ..."]:
-    """The mean activation of a site over reference examples, one row per layer, for `Ablation(..., to=mean)`.
-
-    Args:
-        vlm: the model.
-        batches: reference examples (other ones than those that are ablated).
-        site: where, a name of the site table.
-        layers: an int, a range, a list or "all".
-        positions: a role, a selector or positions; the mean is over every selected one of every example.
-
-    Returns:
-        (layer, ...) in the model's dtype; for `projector_out` a single row.
-    """
-    if "k" in site_named(site).axes:
-        raise InterventionError(
-            f"site {site!r} has no mean to put anywhere",
-            expected="a site of activations",
-            remedy="see interp_vlm.sites",
-        )
-    total, count = None, 0
-    if site_named(site).part != "decoder" and isinstance(positions, str) and positions == "all":
-        positions = "image"
-    for batch in [batches] if isinstance(batches, Batch) else batches:
-        cache = vlm.capture(batch, [site], positions, layers)
-        values, mask = cache[site], cache.mask
-        if site_named(site).part == "vision":
-            mask = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
-        rows = values.transpose(1, 2)[mask].double()
-        total = rows.sum(0) if total is None else total + rows.sum(0)
-        count += len(rows)
-    if total is None or count == 0:
-        raise InterventionError(
-            f"no {site!r} activation at {positions!r} to average", expected="at least one reference example"
-        )
-    mean = (total / count).to(vlm.dtype)
-    return mean if site_named(site).layered else mean[0]
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:

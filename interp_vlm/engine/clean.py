@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.evidence import evidence, evidence_program
-from interp_vlm.engine.full import answer_rows, forward
+from interp_vlm.engine.full import Forward, answer_rows, forward
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.tokens.batch import Batch
 
@@ -47,10 +47,11 @@ class CleanRuns:
     Args:
         root: the wrapped model.
         access: its sites.
+        forward: makes the runs.
     """
 
-    def __init__(self, root: NNsight, access: Access) -> None:
-        self.root, self.access = root, access
+    def __init__(self, root: NNsight, access: Access, forward: Forward = forward) -> None:
+        self.root, self.access, self.forward = root, access, forward
         self._runs: weakref.WeakKeyDictionary[Batch, CleanRun] = weakref.WeakKeyDictionary()
 
     def known(self, batch: Batch) -> CleanRun | None:
@@ -91,7 +92,7 @@ class CleanRuns:
         if calls:  # a cache without a configuration keeps every position, in sliding layers too
             inputs["past_key_values"] = cache
         program = replace(program, captures=captures, calls=calls, decoder=True)
-        recording = forward(self.root, self.access, inputs, program)
+        recording = self.forward(self.root, self.access, inputs, program)
         assert recording.logits is not None
         held = held or CleanRun(answer_rows(recording.logits, batch.last), self._weights())
         held.decoder = recording.decoder

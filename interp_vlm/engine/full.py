@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from nnsight import NNsight
+from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
 from interp_vlm.sites import SITES
 
-__all__ = ["Program", "Recording", "alone", "alongside", "forward", "generate", "visit", "walk"]
+__all__ = ["Forward", "Program", "Recording", "alone", "alongside", "forward", "generate", "visit", "walk"]
 
 # nnsight's interleaver and Python's trace function belong to one run at a time.
 _LOCK = threading.RLock()
@@ -101,6 +102,9 @@ class Recording:
     decoder: Mapping[str, Any] | None = None
 
 
+Forward = Callable[[NNsight, Access, Mapping[str, Any], Program], Recording]
+"""One pass through the whole model, as `forward` makes it."""
+
 # No sites: how a decoder layer, and the decoder as a whole, were called.
 _CALL, _DECODER = "call", "decoder"
 
@@ -161,7 +165,7 @@ def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace])
     return value
 
 
-def alongside(root: NNsight, act: Callable[[], object]) -> None:
+def alongside(root: Envoy, act: Callable[[], object]) -> None:
     """Run `act` beside the block of the trace that is running.
 
     It waits for the model by itself, so that the block can go on with what lies between; where both wait for the same

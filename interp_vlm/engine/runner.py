@@ -16,7 +16,7 @@ from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import patterns
 from interp_vlm.engine.clean import CleanRun, CleanRuns
 from interp_vlm.engine.cone import Rest, alike, run_cone, run_decoder
-from interp_vlm.engine.full import Program, answer_rows, forward, generate
+from interp_vlm.engine.full import Forward, Program, answer_rows, forward, generate
 from interp_vlm.engine.memory import Budget, budget
 from interp_vlm.engine.packed import run_packed
 from interp_vlm.engine.place import (
@@ -63,12 +63,13 @@ class Engine:
         root: the Hugging Face model, wrapped by nnsight.
         anatomy: the facts of its architecture.
         name: the model's name, kept in caches.
+        forward: makes the passes through the whole model.
     """
 
-    def __init__(self, root: NNsight, anatomy: Anatomy, name: str) -> None:
-        self.root, self.anatomy, self.name = root, anatomy, name
+    def __init__(self, root: NNsight, anatomy: Anatomy, name: str, forward: Forward = forward) -> None:
+        self.root, self.anatomy, self.name, self.forward = root, anatomy, name, forward
         self.access = Access(root, anatomy)
-        self.clean = CleanRuns(root, self.access)
+        self.clean = CleanRuns(root, self.access, forward)
         # The first layer from which the decoder's layers, called one after another, gave the model's own answer.
         self._proved = anatomy.n_layers
         self._decoder_proved: bool | None = None
@@ -147,7 +148,7 @@ class Engine:
         """One run by the plan."""
         last = batch.last.to(clean.logits.device)
         if chosen.tower:
-            recording = forward(self.root, self.access, batch.inputs, receipts.program(edits))
+            recording = self.forward(self.root, self.access, batch.inputs, receipts.program(edits))
             assert recording.logits is not None
             logits = answer_rows(recording.logits, batch.last)
         elif chosen.name == "full":
@@ -291,7 +292,7 @@ class Engine:
             return values[name][:, plain[name].index(layer)].copy_(value)
 
         program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)
-        recording = forward(self.root, self.access, batch.inputs, program)
+        recording = self.forward(self.root, self.access, batch.inputs, program)
         receipts.refuse_without_effect(edits)
         if not edits:  # whoever needs the answers has them
             assert recording.logits is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.place import layers_of
 from interp_vlm.errors import InterventionError, ModelError
-from interp_vlm.models.anatomy import Anatomy, describe
+from interp_vlm.models.anatomy import describe
 from interp_vlm.sites import Site, site
 
 __all__ = ["Sites", "sites_of"]
@@ -36,8 +36,9 @@ class Sites:
             `pattern`, which is rebuilt after a run.
     """
 
-    def __init__(self, root: Any, anatomy: Anatomy) -> None:
-        self._access, self.anatomy = Access(root, anatomy), anatomy
+    def __init__(self, access: Access, block: str = "model.trace(...)", vlm: str = "iv.VLM(model, processor)") -> None:
+        self._access, self.anatomy = access, access.anatomy
+        self._block, self._vlm = block, vlm
 
     def __getitem__(self, where: Where) -> Shaped[Tensor, "batch ..."]:
         row, layer = self._found(where)
@@ -56,7 +57,7 @@ class Sites:
             raise InterventionError(
                 "'pattern' is rebuilt after a run",
                 expected="another site in a trace",
-                remedy="iv.VLM(model, processor).capture(batch, sites=['pattern'])",
+                remedy=f"{self._vlm}.capture(batch, sites=['pattern'])",
             )
         if layer is None and row.layered:
             raise InterventionError(f"site {name!r} without a layer", expected=f"sites[{name!r}, layer]")
@@ -64,7 +65,9 @@ class Sites:
             Mediator.current(f"site {name!r}")
         except ValueError:
             raise InterventionError(
-                f"site {name!r} outside a trace", expected="a `with model.trace(...):` block around it"
+                f"site {name!r} outside a trace",
+                expected=f"a `with {self._block}:` block around it",
+                remedy=f"or use {self._vlm}.capture",
             ) from None
         return row, layers_of(row, [layer], self.anatomy)[0]
 
@@ -102,7 +105,7 @@ def sites_of(root: Any) -> Sites:
             expected="a Hugging Face model that nnsight wraps",
             remedy="pass NNsight(model)",
         )
-    return Sites(root, describe(model))
+    return Sites(Access(root, describe(model)))
 
 
 def _fitting(value: Any, live: Tensor, row: Site) -> Tensor:

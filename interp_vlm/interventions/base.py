@@ -212,7 +212,7 @@ class Intervention(ABC):
         Raises:
             InterventionError: outside a trace, or for a selector that needs evidence of an earlier run.
         """
-        vlm._apply_live(self)
+        vlm._live.apply(self)
 
     def as_hooks(
         self, bridge: TransformerBridge, batch: Batch

@@ -35,6 +35,7 @@ def load(
     device_map: Any = None,
     attn_implementation: str | dict[str, str] = "sdpa",
     trust_remote_code: bool = False,
+    remote: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its processor, ready to be looked at: in evaluation mode, without gradients on its weights.
 
@@ -46,6 +47,7 @@ def load(
         attn_implementation: "sdpa" or "eager"; decoders that PyTorch's SDPA cannot compute (Gemma 2's soft-capped
             scores) are run eagerly under "sdpa".
         trust_remote_code: run modelling code that comes with the checkpoint.
+        remote: build the model on the meta device, without its weights.
 
     Raises:
         ModelError: if there is no such folder or hub id, its architecture is not known, it has no processor, or not
@@ -70,6 +72,8 @@ def load(
     _check_size(config, path, trust_remote_code)
     processor = load_processor(path, **where)
     check_processor(config, processor)
+    if remote:
+        return _outline(config, path, _attention(config, attn_implementation), dtype, trust_remote_code), processor
     try:
         # the stubs know one of its two return types
         with _bar_for_large(path):
@@ -86,6 +90,20 @@ def load(
     model, report = found
     _check_weights(model, report, path)
     return model.eval().requires_grad_(False), processor
+
+
+def _outline(config: Any, path: str, attention: Any, dtype: Any, trust_remote_code: bool) -> Any:
+    """The model on the meta device: its modules and their sizes, in the checkpoint's own dtype."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    kinds = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, **({"dtype": dtype} if dtype else {}), **kinds)
+    except Exception as error:
+        raise _unreachable(path, error) from error
+    return model.eval().requires_grad_(False)
 
 
 def _check_size(config: Any, path: str, trust_remote_code: bool) -> None:
