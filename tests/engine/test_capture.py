@@ -257,7 +257,7 @@ class TestTrace:
             iv.AttentionKnockout().apply(vlm)
         for wrong, said in (
             (lambda: vlm.site("pattern", 0), "'pattern' is rebuilt after a run"),
-            (lambda: vlm.site("resid_post", 3), "layer 3 does not exist; expected -3 to 2"),
+            (lambda: vlm.site("resid_post", 3), "layer 3 does not exist; expected 0 to 2"),
             (lambda: vlm.site("stream", 0), "there is no site 'stream'"),
             (lambda: iv.AttentionKnockout("image", "last").apply(vlm), "blocks no edge"),
         ):

@@ -117,7 +117,7 @@ def test_the_model_is_as_before(name):
     assert state(vlm.model) == before
     assert torch.equal(vlm.model(**batch.inputs).logits, logits)
     assert torch.equal(vlm.run(batch).logits, reference.answers(SETTING.raw, batch.inputs))
-    assert vlm._traced == []
+    assert vlm._live.running == []
     assert not vlm.nnsight.interleaver.mediators
 
 
