@@ -331,5 +331,5 @@ def _recorded(
                     remedy="leave the position itself out of keys, for example keys=... - select.last",
                 )
         if value is not None:
-            recording.values[site, layer] = program.keep(site, value)
+            recording.values[site, layer] = program.keep(site, layer, value)
     return recording

@@ -1,6 +1,8 @@
 """Runs and traces that are sent: nnsight's dry run, and a server in a process that cannot import this package."""
 
 import os
+import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -79,14 +81,15 @@ def assert_same(found, wanted):
 
 
 def test_the_dry_run_gives_what_the_full_plan_gives(vlm):
-    batch = encoded(vlm)
-    for each in [*many(vlm).values(), [many(vlm)["knockout"], many(vlm)["steering"]]]:
+    batch, single = encoded(vlm), many(vlm)
+    for each in [*single.values(), [single["knockout"], single["steering"]]]:
         assert_same(vlm.run(batch, each, remote="local"), vlm.run(batch, each, engine="full"))
     assert vlm.run(batch, choices=("0", "1"), remote="local").answers == vlm.run(batch, choices=("0", "1")).answers
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "attn"), [(name, "sdpa") for name in FAMILIES] + [(name, "eager") for name in ("llava", "paligemma")]
+)
 def test_every_family_and_site_can_be_sent(family, attn):
     setting = Setting(family, attn, bits=32)
     kind = KINDS[FAMILIES.index(family) % len(KINDS)]
@@ -110,11 +113,11 @@ def test_a_machine_without_the_package_gives_the_same(vlm, server):
     outline = iv.load(vlm.name, remote=True)
     assert all(weight.is_meta for weight in outline.model.parameters())
     assert all(value.device.type == "cpu" for value in encoded(outline).inputs.values())
-    for name in ("knockout", "mean", "resample", "tower", "patch", "steering", "evidence"):
-        each = many(vlm)[name]
+    for name, each in many(vlm).items():
         wanted = vlm.run(batch, each, engine="full")
-        assert_same(vlm.run(batch, each, remote=server), wanted)
         assert_same(outline.run(batch, each, remote=server), wanted)
+        if name in ("knockout", "mean", "steering"):
+            assert_same(vlm.run(batch, each, remote=server), wanted)
 
 
 def test_activations_come_back(vlm, server):
@@ -368,3 +371,13 @@ def test_weights_are_rebuilt_with_norms_that_have_to_be_here(server, tmp_path):
     outline = iv.load(str(tmp_path), remote=True)
     with pytest.raises(iv.InterventionError, match="are rebuilt with norms that are not on this machine"):
         outline.run(setting.batch, iv.AttentionKnockout("last", "image", layers=[1]), remote=server)
+
+
+def test_the_documents_block_runs(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    section = page.partition("## Remote models on NDIF")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    script = tmp_path / "block.py"  # nnsight reads the source of a trace from a file
+    script.write_text(block)
+    assert runpy.run_path(str(script))["hidden"].shape[-1] == 128
+    assert "0.0e+00 attention left on them" in capsys.readouterr().out
