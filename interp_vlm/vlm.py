@@ -12,6 +12,7 @@ from jaxtyping import Int
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
 
+from interp_vlm.engine.batches import in_parts
 from interp_vlm.engine.devices import Wrapped, input_device
 from interp_vlm.engine.leaks import Leaks, leaks
 from interp_vlm.engine.live import Live, Tracer
@@ -250,19 +251,30 @@ class VLM:
             raise InterventionError("no batch to sweep over", expected="at least one encoded batch")
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]
-        for batch in batches:
+        bound = next((each for group in groups for each in group if getattr(each, "reads_prompts", False)), None)
+        whole = "" if bound is None else f"{bound!r} takes its values from the whole batch"
+
+        def swept(_rows: range, part: Batch) -> tuple[Tensor, Tensor, dict[int, tuple[Receipt, ...]]]:
             column: dict[int, Tensor] = {}
+            issued: dict[int, tuple[Receipt, ...]] = {}
             context: MetricContext | None = None
-            for number, outcome in self._engine.runs(batch, groups, engine, memory):
-                context = context or MetricContext(outcome.clean_logits, batch, self.tokenizer)
-                receipts[number].extend(outcome.receipts)
+            for number, outcome in self._engine.runs(part, groups, engine, memory):
+                context = context or MetricContext(outcome.clean_logits, part, self.tokenizer)
+                issued[number] = outcome.receipts
                 column[number] = metric(outcome.logits, context)
                 if progress is not None:
-                    progress(len(batch))
-            context = context or MetricContext(self._engine.clean.of(batch).logits, batch, self.tokenizer)
-            baselines.append(metric(context.clean_logits, context))
+                    progress(len(part))
+            context = context or MetricContext(self._engine.clean.of(part).logits, part, self.tokenizer)
             rows = [column[number] for number in range(len(groups))]
-            values.append(torch.stack(rows) if rows else context.clean_logits.new_empty(0, len(batch)))
+            found = torch.stack(rows) if rows else context.clean_logits.new_empty(0, len(part))
+            return found, metric(context.clean_logits, context), issued
+
+        for batch in batches:
+            for _, (found, baseline, issued) in in_parts(self, batch, swept, whole=whole):
+                values.append(found)
+                baselines.append(baseline)
+                for number, own in issued.items():
+                    receipts[number].extend(own)
         name = getattr(metric, "__name__", type(metric).__name__)
         return Sweep(groups, torch.cat(values, dim=1), torch.cat(baselines), name, tuple(map(tuple, receipts)))
 

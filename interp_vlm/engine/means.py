@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from interp_vlm.engine.batches import in_parts
 from interp_vlm.errors import InterventionError
 from interp_vlm.sites import site as site_named
 from interp_vlm.tokens.batch import Batch
@@ -40,17 +41,22 @@ def reference_mean(
             expected="a site of activations",
             remedy="see interp_vlm.sites",
         )
-    total, count = None, 0
     if site_named(site).part != "decoder" and isinstance(positions, str) and positions == "all":
         positions = "image"
-    for batch in [batches] if isinstance(batches, Batch) else batches:
-        cache = vlm.capture(batch, [site], positions, layers)
+
+    def summed(_rows: range, part: Batch) -> tuple[Tensor, int]:
+        cache = vlm.capture(part, [site], positions, layers)
         values, mask = cache[site], cache.mask
         if site_named(site).part == "vision":
             mask = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
         rows = values.transpose(1, 2)[mask].double()
-        total = rows.sum(0) if total is None else total + rows.sum(0)
-        count += len(rows)
+        return rows.sum(0), len(rows)
+
+    total, count = None, 0
+    for batch in [batches] if isinstance(batches, Batch) else batches:
+        for _, (some, found) in in_parts(vlm, batch, summed):
+            total = some if total is None else total + some
+            count += found
     if total is None or count == 0:
         raise InterventionError(
             f"no {site!r} activation at {positions!r} to average", expected="at least one reference example"

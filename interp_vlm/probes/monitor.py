@@ -19,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from interp_vlm.engine.batches import in_parts
 from interp_vlm.errors import DataError
-from interp_vlm.probes.scoring import one_pass
+from interp_vlm.probes.scoring import Pass, one_pass
 from interp_vlm.probes.thresholds import Threshold, precision_threshold, recall_threshold, threshold_sequence
 from interp_vlm.readouts.answers import Answer
 from interp_vlm.readouts.identity import ModelIdentity, identity_of
@@ -149,7 +150,10 @@ class ReliabilityMonitor:
             ModelError: another model.
         """
         self.bind(vlm)
-        found = one_pass(vlm, batch, self.site, [self.layer], self.choices)
+        parts = in_parts(vlm, batch, lambda _, part: one_pass(vlm, part, self.site, [self.layer], self.choices))
+        return [scored for _, found in parts for scored in self._scored(found)]
+
+    def _scored(self, found: Pass) -> list[Scored]:
         scores = self.probability(found.hidden[:, 0]).tolist()
         return [
             Scored(answer, confidence, score, None if self.threshold is None else score >= self.threshold.value)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.batches import in_parts
 from interp_vlm.errors import DataError, SelectionError
 from interp_vlm.readouts.scores import full_precision, refuse_nan
 from interp_vlm.readouts.spelling import answer_vocabulary, normalised
@@ -142,10 +143,13 @@ def self_consistency(
         raise DataError("no batch to sample from", expected="at least one")
     samples: list[tuple[str, ...]] = []
     greedy: list[str] = []
-    for batch in listed:
-        uniforms = _uniforms(batch, seed, k, max_new_tokens)
+
+    def sampled(_rows: range, part: Batch) -> tuple[list[str], list[tuple[str, ...]]]:
+        uniforms = _uniforms(part, seed, k, max_new_tokens)
         sampler = _one_token if max_new_tokens == 1 else _generated
-        plain, drawn = sampler(vlm, batch, uniforms, temperature, top_p)
+        return sampler(vlm, part, uniforms, temperature, top_p)
+
+    for _, (plain, drawn) in (found for batch in listed for found in in_parts(vlm, batch, sampled)):
         greedy += plain
         samples += drawn
     voted = [
