@@ -26,8 +26,9 @@ def rebuild(
         rows: query rows of each example.
 
     Returns:
-        Weights in the model's dtype, the softmax taken in float32 as Hugging Face does, or in float64 for a float64
-        model (where Hugging Face's eager attention stays in float32). A row that may attend nothing is all zero.
+        Weights in the model's dtype, where the layer computes, the softmax taken in float32 as Hugging Face does, or in
+        float64 for a float64 model (where Hugging Face's eager attention stays in float32). A row that may attend
+        nothing is all zero.
 
     Source:
         Vaswani et al., "Attention Is All You Need", 2017, eq. 1; rotary embedding: Su et al., "RoFormer", 2021, eq. 34.
@@ -35,6 +36,7 @@ def rebuild(
     q = _heads(module, inputs.q, anatomy.n_heads, anatomy.d_head, anatomy.q_norm)
     k = _heads(module, inputs.k, anatomy.n_kv_heads, anatomy.d_head, anatomy.k_norm)
     q, k = _rotate(q, inputs.cos, inputs.sin), _rotate(k, inputs.cos, inputs.sin)
+    rows = rows.to(q.device)
     example = torch.arange(len(rows), device=rows.device)[:, None]
     q = q[example, rows].transpose(1, 2)
     k = k.transpose(1, 2)
@@ -62,11 +64,14 @@ def patterns(
     rows: Int[Tensor, "batch row"],
     real: Bool[Tensor, "batch row"],
 ) -> Float[Tensor, "batch layer head row key"]:
-    """Rebuilt weights of several layers, whose inputs are taken out of `attention`; rows that are not real are zero."""
+    """Rebuilt weights of several layers, whose inputs are taken out of `attention`; rows that are not real are zero.
+
+    They lie where `rows` does.
+    """
     found = []
     for layer in layers:
         module = access.inside(layer, access.anatomy.attn)._module
-        weights = rebuild(module, access.anatomy, attention.pop(layer), rows.clamp(min=0))
+        weights = rebuild(module, access.anatomy, attention.pop(layer), rows.clamp(min=0)).to(rows.device)
         found.append(weights.masked_fill(~real[:, None, :, None], 0))
     return torch.stack(found, dim=1)
 

@@ -16,7 +16,7 @@ from nnsight import NNsight
 from torch import Tensor, nn
 
 from interp_vlm.engine.access import Access
-from interp_vlm.engine.full import Program, Recording, alone, walk
+from interp_vlm.engine.full import Program, Recording, alone, answer_rows, walk
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.models.anatomy import Anatomy
 
@@ -33,6 +33,11 @@ class Cone(Protocol):
     @property
     def layer(self) -> int:
         """The first layer computed."""
+        ...
+
+    @property
+    def last(self) -> Int[Tensor, " batch"]:
+        """Each example's answer position, on the device on which the answers are to lie."""
         ...
 
     def entering(self, layer: int, hidden: Tensor | None) -> Float[Tensor, "batch row d"]:
@@ -69,7 +74,7 @@ class Rest:
         return {**self.trunk.calls[layer], "past_key_values": None}
 
     def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch 1 d"]:
-        return hidden[torch.arange(len(hidden), device=hidden.device), self.last][:, None]
+        return answer_rows(hidden, self.last)[:, None]
 
 
 def run_cone(root: NNsight, access: Access, cone: Cone, program: Program) -> Recording:
@@ -91,7 +96,7 @@ def run_cone(root: NNsight, access: Access, cone: Cone, program: Program) -> Rec
     recording, stops = Recording(), program.visits()
     with alone("a run"), torch.no_grad(), root.trace(fn=through, hidden=cone.trunk.keys[0]):
         walk(access, program, stops, recording)
-    recording.logits = returned[0]
+    recording.logits = returned[0].to(cone.last.device)
     return recording
 
 
@@ -104,7 +109,7 @@ def run_decoder(
         root: the wrapped model.
         access: its sites.
         call: the decoder's keyword arguments.
-        last: each example's answer position.
+        last: each example's answer position, on the device on which the answers are to lie.
         program: what to edit and record; nothing on the image side before the projected tokens.
     """
     returned, model = [], root._module
@@ -112,14 +117,13 @@ def run_decoder(
 
     def through(inputs_embeds: Tensor) -> Tensor:
         hidden = decoder(**{**call, "inputs_embeds": inputs_embeds, "use_cache": False}).last_hidden_state
-        rows = hidden[torch.arange(len(hidden), device=hidden.device), last]
-        returned.append(capped(head(rows), access.anatomy))
+        returned.append(capped(head(answer_rows(hidden, last)), access.anatomy))
         return returned[0]
 
     recording, stops = Recording(), program.visits()
     with alone("a run"), torch.no_grad(), root.trace(fn=through, inputs_embeds=call["inputs_embeds"]):
         walk(access, program, stops, recording)
-    recording.logits = returned[0]
+    recording.logits = returned[0].to(last.device)
     return recording
 
 

@@ -302,7 +302,8 @@ class _Example:
         for place in blocking:
             assert isinstance(place.intervention, AttentionKnockout)
             assert place.keys is not None
-            rows, keys = (cells[self.row : self.row + 1] for cells in (place.selected, place.keys))
+            both = (place.selected, place.keys)
+            rows, keys = (cells[self.row : self.row + 1].to(keep.device) for cells in both)
             keep = place.intervention.block(keep, rows, keys, n_heads)
         # What attention hands on is replaced after it has looked, which empties no row of the mask.
         for place in (place for place in here if place not in blocking):
@@ -310,7 +311,7 @@ class _Example:
             chosen = torch.zeros(n_heads, dtype=torch.bool, device=keep.device)
             named = place.intervention.heads
             chosen[list(indices("all" if named is None else named, n_heads, "head"))] = True
-            gone = place.selected[self.row, None, :, None] & chosen[:, None, None]
+            gone = place.selected[self.row, None, :, None].to(keep.device) & chosen[:, None, None]
             keep = keep & ~(gone[:1] if bool(chosen.all()) else gone)
         counts = keep[0].sum(dim=0).to(torch.int16) * (n_heads if keep.shape[1] == 1 else 1)
         return counts.cpu().numpy()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from interp_vlm.engine import receipts
 from interp_vlm.engine.access import Access
 from interp_vlm.engine.cone import run_cone
+from interp_vlm.engine.devices import Copies
 from interp_vlm.engine.memory import out_of_memory
 from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.plan import Plan
@@ -66,21 +68,23 @@ class Packed:
         if not joining:
             assert hidden is not None
             return hidden
-        new = self.trunk.residuals[layer][self._example, self.rows].repeat(1, joining, 1)
-        return new if hidden is None else torch.cat([hidden, new], dim=1)
+        value = self.trunk.residuals[layer]
+        new = value[self._example(value.device), self._rows.on(value.device)].repeat(1, joining, 1)
+        return new if hidden is None else torch.cat([hidden, new.to(hidden.device)], dim=1)
 
     def call(self, layer: int) -> dict[str, Any]:
-        rows = self.rows.repeat(1, self.blocks(layer))
+        blocks = self.blocks(layer)
         own = {"attention_mask": self._mask(layer), "past_key_values": self.trunk.prefix(self.stop)}
-        return {**self.trunk.call(layer, rows), **own}
+        return {**self.trunk.call(layer, lambda device: self._rows.on(device).repeat(1, blocks)), **own}
 
     def _mask(self, layer: int) -> Shaped[Tensor, "batch _ row key"]:
         """The rows' mask once for each block, in the kind that the model uses, with the blocks' own keys behind."""
         mask = self.trunk.calls[layer]["attention_mask"]
         mask = self.trunk.keep(layer) if mask is None else mask
         blocked = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask.expand(len(self.rows), -1, -1, -1)[self._example, :, self.rows].transpose(1, 2)
-        columns = self.rows[:, None, None].expand(*mask.shape[:3], -1)
+        rows = self._rows.on(mask.device)
+        mask = mask.expand(len(rows), -1, -1, -1)[self._example(mask.device), :, rows].transpose(1, 2)
+        columns = rows[:, None, None].expand(*mask.shape[:3], -1)
         among = mask.gather(3, columns)
         trunk = mask.scatter(3, columns, blocked)[..., : self.stop]
         blocks, (batch, heads, n, _) = self.blocks(layer), mask.shape
@@ -89,8 +93,8 @@ class Packed:
         return torch.cat([trunk.repeat(1, 1, blocks, 1), own.flatten(4, 5).flatten(2, 3)], dim=-1)
 
     def answers(self, hidden: Float[Tensor, "batch row d"]) -> Float[Tensor, "batch block d"]:
-        at = (self.rows == self.last[:, None]).long().argmax(dim=1)
-        return hidden.unflatten(1, (-1, self.rows.shape[1]))[self._example[:, 0], :, at]
+        at = (self.rows == self.last[:, None]).long().argmax(dim=1).to(hidden.device)
+        return hidden.unflatten(1, (-1, self.rows.shape[1]))[self._example(hidden.device)[:, 0], :, at]
 
     def placed(self, edit: ResolvedPlace, block: int) -> Column:
         """An edit of the rows in one of the blocks."""
@@ -99,9 +103,12 @@ class Packed:
         here = edit.selected.gather(1, self.rows)
         return Column(**facts, here=here, block=block, among=self.rows, stop=self.stop)
 
-    @property
-    def _example(self) -> Int[Tensor, "batch 1"]:
-        return torch.arange(len(self.rows), device=self.rows.device)[:, None]
+    def _example(self, device: torch.device) -> Int[Tensor, "batch 1"]:
+        return torch.arange(len(self.rows), device=device)[:, None]
+
+    @cached_property
+    def _rows(self) -> Copies:
+        return Copies(self.rows)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -117,7 +124,7 @@ class Column(ResolvedPlace):
     block: int
     among: Int[Tensor, "batch row"]
     stop: int
-    _known: Bool[Tensor, "batch key"] | None = None
+    _known: dict[torch.device, Bool[Tensor, "batch key"]] = field(init=False, default_factory=dict)
 
     def prepared(self, value: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.site.name == "attn_mask":
@@ -137,15 +144,15 @@ class Column(ResolvedPlace):
         rows, real = super().query_rows()
         return rows + self._first, real
 
-    def key_mask(self, width: int) -> Bool[Tensor, "batch key"]:
+    def key_mask(self, width: int, device: torch.device) -> Bool[Tensor, "batch key"]:
         """Of the blocks' own keys, behind the trunk's, only this block's can be meant."""
-        assert self.keys is not None
-        if self._known is None or self._known.shape[1] != width:
-            own = self.stop + self._first
-            self._known = torch.zeros(len(self.keys), width, dtype=torch.bool, device=self.keys.device)
-            self._known[:, : self.stop] = self.keys[:, : self.stop]
-            self._known[:, own : own + self.among.shape[1]] = self.keys.gather(1, self.among)
-        return self._known
+        known = self._known.get(device)
+        if known is None or known.shape[1] != width:
+            keys, own = self._on("keys", device), self.stop + self._first
+            known = self._known[device] = torch.zeros(len(keys), width, dtype=torch.bool, device=device)
+            known[:, : self.stop] = keys[:, : self.stop]
+            known[:, own : own + self.among.shape[1]] = keys.gather(1, self._on("among", device))
+        return known
 
     @property
     def _first(self) -> int:

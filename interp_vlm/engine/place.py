@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from interp_vlm.engine.devices import Copies
 from interp_vlm.errors import InterventionError, SelectionError
 from interp_vlm.interventions.base import CellIntervention, Intervention, indices
 from interp_vlm.interventions.knockout import AttentionKnockout
@@ -59,6 +60,7 @@ class ResolvedPlace:
     rows: Rows | None = None
     changed: int = 0
     here: Bool[Tensor, "batch row"] | None = None
+    _copies: dict[str, Copies] = field(init=False, default_factory=dict)
 
     @property
     def site(self) -> Site:
@@ -90,36 +92,43 @@ class ResolvedPlace:
         """The value of the site with this intervention made in it, and the number of cells that changed noted."""
         self._refuse_other_rows(value)
         if isinstance(self.intervention, AttentionKnockout):
-            new = self.intervention.block(value, self._rows_here, self.key_mask(value.shape[-1]), self.n_heads)
+            keys = self.key_mask(value.shape[-1], value.device)
+            new = self.intervention.block(value, self._on(self._computed, value.device), keys, self.n_heads)
             removed = int((value != new).sum())
             # One shared row of the mask stands for every head.
             self.changed += removed * (self.n_heads if new.shape[1] == 1 else 1)
             return new
         assert isinstance(self.intervention, CellIntervention)
-        self.rows = Rows.of(self.batch, self.site, self._rows_here, value)
+        self.rows = Rows.of(self.batch, self.site, self._on(self._computed, value.device), value)
         old = self.rows.take(value)
         rows = self.intervention.rewrite(old, layer, self)
         self.changed += int((rows != old).sum())
         return self.rows.put(value, rows)
 
-    def key_mask(self, width: int) -> Bool[Tensor, "batch key"]:
+    def key_mask(self, width: int, device: torch.device) -> Bool[Tensor, "batch key"]:
         """The keys of a knockout among the `width` keys that the computed rows may attend: further ones are new."""
-        assert self.keys is not None, "only a knockout has keys"
-        return torch.nn.functional.pad(self.keys, (0, width - self.keys.shape[1]))
+        keys = self._on("keys", device)
+        return torch.nn.functional.pad(keys, (0, width - keys.shape[1]))
 
     def query_rows(self) -> tuple[Int[Tensor, "batch n"], Bool[Tensor, "batch n"]]:
         """The rows acted on among those that are computed, padded to the longest example, and which are real."""
-        return padded_positions(self._rows_here)
+        return padded_positions(getattr(self, self._computed))
 
     @property
-    def _rows_here(self) -> Bool[Tensor, "batch row"]:
-        return self.selected if self.here is None else self.here
+    def _computed(self) -> str:
+        """The name of the mask over the rows that are computed."""
+        return "selected" if self.here is None else "here"
+
+    def _on(self, name: str, device: torch.device) -> Tensor:
+        """A mask by its name, where a value lies."""
+        mask: Tensor = getattr(self, name)
+        return mask if mask.device == device else self._copies.setdefault(name, Copies(mask)).on(device)
 
     def _refuse_other_rows(self, value: Shaped[Tensor, "..."]) -> None:
         """A pass over other rows than those of the batch (beams, no key-value cache) must not be edited half."""
         if self.site.part == "vision":
             return
-        batch, rows = self._rows_here.shape
+        batch, rows = getattr(self, self._computed).shape
         found = (len(value), value.shape[-2]) if self.site.name == "attn_mask" else tuple(value.shape[:2])
         if found != (batch, rows) and not (self.site.name == "attn_mask" and found == (1, rows)):
             raise InterventionError(
@@ -151,7 +160,7 @@ class Rows:
         if site.part != "decoder":
             _refuse_text(batch, site, selected)
         if site.part != "vision":
-            return cls(selected.nonzero(as_tuple=True), tuple(selected.sum(1).tolist()))
+            return cls(selected.to(value.device).nonzero(as_tuple=True), tuple(selected.sum(1).tolist()))
         spans = picture_spans(batch, value)
         per_example = [_vision_rows(batch, row, selected[row], spans[row]) for row in range(len(batch))]
         return cls((torch.cat(per_example).to(value.device),), tuple(len(rows) for rows in per_example))

@@ -155,7 +155,7 @@ def _spread(
     alone = not idle and not bool((touched & ~last).any())
     if attended is None:
         return start, alone, idle
-    seen = attended & real[:, :, None]
+    seen = attended.to(touched.device) & real[:, :, None]
     alone = alone and not bool((seen & last[:, None, :] & ~last[:, :, None]).any())
     while start > 0:
         earlier = seen[:, :start, start:].any(dim=2).any(dim=0)

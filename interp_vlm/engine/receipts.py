@@ -182,14 +182,15 @@ def _weigh(
     """The same for knockouts of one layer, whose attention weights are rebuilt in one go."""
     inputs, anatomy = recording.attention[layer], access.anatomy
     places = [edit.query_rows() for edit in edits]
-    rows = torch.cat([rows for rows, _ in places], dim=1).clamp(min=0)
-    real = torch.cat([own for _, own in places], dim=1)
+    seen = recording.values["z", layer]
+    rows = torch.cat([rows for rows, _ in places], dim=1).clamp(min=0).to(seen.device)
+    real = torch.cat([own for _, own in places], dim=1).to(seen.device)
     module: nn.Module = access.inside(layer, anatomy.attn)._module
     weights: Float[Tensor, "batch head row key"] = rebuild(module, anatomy, inputs, rows)
     example = torch.arange(len(rows), device=rows.device)[:, None]
-    seen = recording.values["z", layer][example, rows]
+    seen = seen[example, rows]
     counts = [own.shape[1] for _, own in places]
-    masks = [edit.key_mask(weights.shape[-1]) for edit in edits]
+    masks = [edit.key_mask(weights.shape[-1], weights.device) for edit in edits]
     keys = torch.cat([mask[:, None].expand(-1, n, -1) for mask, n in zip(masks, counts, strict=True)], dim=1)
     knockouts = [edit.intervention for edit in edits if isinstance(edit.intervention, AttentionKnockout)]
     heads = torch.stack([knockout.head_mask(anatomy.n_heads) for knockout in knockouts]).to(rows.device)

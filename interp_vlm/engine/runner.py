@@ -16,6 +16,7 @@ from interp_vlm.engine.access import Access
 from interp_vlm.engine.attention import patterns
 from interp_vlm.engine.clean import CleanRun, CleanRuns
 from interp_vlm.engine.cone import Rest, alike, run_cone, run_decoder
+from interp_vlm.engine.devices import Copies
 from interp_vlm.engine.full import Forward, Program, answer_rows, forward, generate
 from interp_vlm.engine.memory import Budget, budget
 from interp_vlm.engine.packed import run_packed
@@ -275,6 +276,7 @@ class Engine:
         index, mask = padded_positions(selected(batch, selector, evidence))
         edits = self.resolve(batch, interventions) if interventions else []
         plain = {name: found for name, found in by_site.items() if name != "pattern"}
+        at, real, home = Copies(index), Copies(mask), index.device  # values may lie elsewhere
 
         everything = bool(mask.all()) and index.shape == batch.inputs["input_ids"].shape
         values: dict[str, Tensor] = {}
@@ -283,12 +285,13 @@ class Engine:
             if site_named(name).part == "vision":
                 value = _tower_rows(batch, value)
             elif name == "attn_mask":
-                value = _keep(name, value.expand(len(batch), self.anatomy.n_heads, -1, -1), index, mask)
+                value = value.expand(len(batch), self.anatomy.n_heads, -1, -1)
+                value = _keep(name, value, at.on(value.device), real.on(value.device))
             elif not everything:
-                value = _keep(name, value, index, mask)
+                value = _keep(name, value, at.on(value.device), real.on(value.device))
             # Straight into its place, so that what may be much is copied once.
             if name not in values:
-                values[name] = value.new_empty(len(batch), len(plain[name]), *value.shape[1:])
+                values[name] = value.new_empty(len(batch), len(plain[name]), *value.shape[1:], device=home)
             return values[name][:, plain[name].index(layer)].copy_(value)
 
         program = Program(edits, plain, frozenset(by_site.get("pattern", ())), keep=keep)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,11 +64,13 @@ class Trunk:
         masks = {id(self.calls[layer]["attention_mask"]): layer for layer in layers}
         if (known := self._attended.get(frozenset(masks))) is None:
             found = [self.keep(layer).any(dim=1) for layer in masks.values()]
+            found = [each.to(found[0].device) for each in found]
             known = self._attended[frozenset(masks)] = torch.stack(torch.broadcast_tensors(*found)).any(dim=0)
         return known
 
-    def call(self, layer: int, rows: Int[Tensor, "batch row"]) -> dict[str, Any]:
-        """The keyword arguments of a layer for some rows of each example, without a mask."""
+    def call(self, layer: int, rows: Callable[[torch.device], Int[Tensor, "batch row"]]) -> dict[str, Any]:
+        """The keyword arguments of a layer for some rows of each example, without a mask; `rows` gives them where an
+        argument lies."""
         call = {name: value for name, value in self.calls[layer].items() if name != "attention_mask"}
         call["position_embeddings"] = tuple(_taken(part, rows) for part in call["position_embeddings"])
         if call.get("position_ids") is not None:
@@ -86,7 +88,8 @@ class Trunk:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
-def _taken(value: Tensor, rows: Int[Tensor, "batch row"]) -> Tensor:
+def _taken(value: Tensor, rows: Callable[[torch.device], Int[Tensor, "batch row"]]) -> Tensor:
     """Rows of (batch or 1, pos, ...)."""
-    value = value.expand(len(rows), *value.shape[1:])
-    return value[torch.arange(len(rows), device=rows.device)[:, None], rows]
+    at = rows(value.device)
+    value = value.expand(len(at), *value.shape[1:])
+    return value[torch.arange(len(at), device=at.device)[:, None], at]

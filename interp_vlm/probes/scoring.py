@@ -63,7 +63,7 @@ def one_pass(vlm: VLM, batch: Batch, site: str, layers: Sequence[int], choices: 
     refuse_elsewhere(site)
     read = _beside if site == "resid_post" else _traced
     values, logits = read(vlm, batch, site, layers)
-    hidden = torch.stack([values[layer] for layer in layers], dim=1)
+    hidden = torch.stack([values[layer].to(logits.device) for layer in layers], dim=1)
     if choices is not None:
         return Pass(hidden, tuple(read_answers(logits, vlm.tokenizer, prompt_ends(batch, vlm.tokenizer), choices)))
     best = full_precision(logits).log_softmax(dim=-1).max(dim=-1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.devices import Copies
 from interp_vlm.engine.gradients import Gradients, gradients, refuse_without_gradient
 from interp_vlm.engine.place import ResolvedPlace, padded_positions
 from interp_vlm.errors import InterventionError
@@ -268,13 +269,15 @@ def _products(
     place: ResolvedPlace, run: Gradients, index: Tensor, mask: Tensor
 ) -> tuple[Float[Tensor, "example layer pos ..."], Float[Tensor, "example layer pos unit"] | None]:
     """Change times slope, summed over the units of each cell; at `mlp_post` unit by unit too. NaN outside the mask."""
-    example, at = torch.arange(len(index), device=index.device)[:, None], index.clamp(min=0)
+    indices = Copies(index.clamp(min=0))
     cells, units = [], []
     for layer in place.layers:
-        value = run.values[layer]
+        value = run.values[layer]  # on its layer's device
+        at = indices.on(value.device)
+        example = torch.arange(len(at), device=at.device)[:, None]
         change = full_precision(place.edit(value, layer)[example, at]) - full_precision(value[example, at])
         product = change * full_precision(run.slopes[layer][example, at])
-        product = product.masked_fill(~mask.view(*mask.shape, *[1] * (product.dim() - 2)), math.nan)
+        product = product.to(mask.device).masked_fill(~mask.view(*mask.shape, *[1] * (product.dim() - 2)), math.nan)
         cells.append(product.sum(dim=-1))
         if place.site.name == "mlp_post":
             units.append(product)

@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.devices import returned
 from interp_vlm.errors import ModelError
 from interp_vlm.readouts import margin
 from interp_vlm.readouts.contrast import contrast
@@ -172,10 +173,10 @@ def _layer(vlm: VLM, block: nn.Module, mix: Tensor, direction: Tensor) -> tuple[
     anatomy = vlm.anatomy
     projection: Any = block.get_submodule(f"{anatomy.attn}.{anatomy.o}")
     with align_module_device(projection):  # offloaded weights are brought in
-        weight = projection.weight.detach().double()
-        offset = None if projection.bias is None else projection.bias.detach().double()
+        weight = projection.weight.detach().to(direction)
+        offset = None if projection.bias is None else projection.bias.detach().to(direction)
     with torch.no_grad():
-        raw = projection(mix.flatten(-2))
+        raw = returned(projection, mix.flatten(-2))
     reading = direction * _scale(vlm, block, raw)
     through = (reading @ weight).unflatten(-1, mix.shape[-2:])
     products = mix.double() * through
@@ -194,7 +195,7 @@ def _scale(vlm: VLM, block: nn.Module, raw: Tensor) -> Tensor | float:
         return 1.0
     norm = block.get_submodule(anatomy.attn_out)
     with torch.no_grad():
-        normed, gain = norm(raw).double(), norm(torch.ones_like(raw)).double()
+        normed, gain = returned(norm, raw).double(), returned(norm, torch.ones_like(raw)).double()
     stream = raw.double()
     flat = gain * stream.square().mean(dim=-1, keepdim=True).rsqrt()
     return torch.where(stream == 0, flat, normed / stream)

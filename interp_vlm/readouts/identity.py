@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from interp_vlm.engine.devices import weights
 from interp_vlm.errors import DataError, ModelError
 from interp_vlm.models.encode import render
 from interp_vlm.models.registry import family_for
@@ -65,15 +66,15 @@ def identity_of(vlm: VLM) -> ModelIdentity:
 
     Of the weights, 64 numbers of each are read: enough to tell another checkpoint of the same architecture.
     """
-    weights = hashlib.sha256()
-    for name, weight in vlm.model.named_parameters():
+    digest = hashlib.sha256()
+    for name, weight in weights(vlm.model):
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
-        weights.update(name.encode() + sample.tobytes())
+        digest.update(name.encode() + sample.tobytes())
     anatomy = hashlib.sha256(json.dumps(asdict(vlm.anatomy), sort_keys=True).encode())
     return ModelIdentity(
         name=vlm.name,
         revision=getattr(vlm.model.config, "_commit_hash", None) or "",
         anatomy=anatomy.hexdigest()[:16],
         prompt=render(family_for(type(vlm.model).__name__), vlm.processor, "{question}"),
-        weights=weights.hexdigest()[:16],
+        weights=digest.hexdigest()[:16],
     )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.devices import returned
 from interp_vlm.errors import InterventionError
 from interp_vlm.readouts.contrast import Contrast, contrast
 from interp_vlm.readouts.scores import full_precision
@@ -217,7 +218,7 @@ def unembed(vlm: VLM, hidden: Float[Tensor, "*shape d"], *, softcap: bool = True
     norm, head = vlm.model.get_submodule(vlm.anatomy.final_norm), vlm.model.get_submodule(vlm.anatomy.head)
     cap = vlm.anatomy.final_softcap
     with torch.no_grad():
-        logits = head(norm(hidden))
+        logits = returned(head, returned(norm, hidden))
         return logits if cap is None or not softcap else cap * torch.tanh(logits / cap)
 
 

@@ -10,6 +10,7 @@ from accelerate.utils import align_module_device
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from interp_vlm.engine.devices import returned
 from interp_vlm.errors import ModelError
 from interp_vlm.readouts.contrast import Contrast, contrast
 from interp_vlm.readouts.lens import column_chunks, unembed
@@ -191,7 +192,7 @@ def _direction(vlm: VLM, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     """
     norm, head = vlm.model.get_submodule(vlm.anatomy.final_norm), vlm.model.get_submodule(vlm.anatomy.head)
     with torch.no_grad():
-        normed, gain = norm(final).double(), norm(torch.ones_like(final)).double()
+        normed, gain = returned(norm, final).double(), returned(norm, torch.ones_like(final)).double()
     stream = final.double()
     scale = stream.square().mean(dim=-1, keepdim=True).rsqrt()
     factor = torch.where(stream == 0, gain * scale, normed / stream)
@@ -200,8 +201,9 @@ def _direction(vlm: VLM, final: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     with torch.no_grad(), align_module_device(head):  # offloaded weights are brought in
         matrix: Any = head.weight
         bias: Any = getattr(head, "bias", None)
-        read = few @ matrix[used].double()
-        return factor * read, few.sum(dim=-1) * 0 if bias is None else few @ bias[used].double()
+        used = used.to(matrix.device)
+        read = few @ matrix[used].to(few)
+        return factor * read, few.sum(dim=-1) * 0 if bias is None else few @ bias[used].to(few)
 
 
 def _between(cache: Cache) -> Tensor:

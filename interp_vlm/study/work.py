@@ -238,8 +238,10 @@ def describe(model: str, example: Example) -> dict[str, Any]:
 
 def _weights(vlm: VLM) -> str:
     """A fingerprint of a model's weights, from some of each."""
+    from interp_vlm.engine.devices import weights
+
     digest = hashlib.sha256()
-    for name, weight in vlm.model.named_parameters():
+    for name, weight in weights(vlm.model):
         sample = weight.detach().flatten()[:: max(1, weight.numel() // 64)].float().cpu().numpy()
         digest.update(name.encode() + sample.tobytes())
     return digest.hexdigest()[:16]

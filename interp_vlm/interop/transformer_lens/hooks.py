@@ -169,7 +169,9 @@ def _edges(place: ResolvedPlace, like: Float[Tensor, "batch head query key"]) ->
     """The edges that a knockout removes, whether or not the model attends them."""
     assert isinstance(place.intervention, AttentionKnockout)
     everything = torch.ones_like(like, dtype=torch.bool)
-    return ~place.intervention.block(everything, place.selected, place.key_mask(like.shape[-1]), place.n_heads)
+    return ~place.intervention.block(
+        everything, place.selected, place.key_mask(like.shape[-1], like.device), place.n_heads
+    )
 
 
 def _evidence(
