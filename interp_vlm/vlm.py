@@ -371,8 +371,9 @@ def load(name_or_path: str, **options: Any) -> VLM:
 
     Args:
         name_or_path: what to load.
-        options: `revision`, `dtype`, `device_map`, `attn_implementation` ("sdpa"), `trust_remote_code` (False), and
-            `remote` (False): load everything but the weights, for runs on NDIF.
+        options: `revision`, `dtype`, `device_map` with `max_memory` and `offload_folder`, `attn_implementation`
+            ("sdpa"), `trust_remote_code` (False), and `remote` (False): load everything but the weights, for runs on
+            NDIF.
 
     Raises:
         ModelError: when it is not there, is no image-text model, or its architecture is not in the table.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from interp_vlm.errors import ModelError
+from interp_vlm.models.placement import check_placement, computes_on_cpu
 from interp_vlm.models.processors import check_processor, load_processor
 from interp_vlm.models.registry import family_for
 
@@ -33,6 +34,8 @@ def load(
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
     device_map: Any = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     attn_implementation: str | dict[str, str] = "sdpa",
     trust_remote_code: bool = False,
     remote: bool = False,
@@ -43,15 +46,18 @@ def load(
         name_or_path: a hub id, a local folder, or `SCHEME:NAME` (see `SCHEMES`).
         revision: branch, tag or commit on the hub.
         dtype: of the weights; by default float32 on the CPU and the checkpoint's own on an accelerator.
-        device_map: as for `from_pretrained`; None is the CPU.
+        device_map: where the weights lie: a device, "auto" (over all cards, then memory, then the disk), or a place for
+            each part, accelerate's way; None is the CPU.
+        max_memory: how much each device may take of a map such as "auto": `{0: "20GiB", "cpu": "60GiB"}`.
+        offload_folder: where weights for the disk go that are not read from the checkpoint's safetensors files.
         attn_implementation: "sdpa" or "eager"; decoders that PyTorch's SDPA cannot compute (Gemma 2's soft-capped
             scores) are run eagerly under "sdpa".
         trust_remote_code: run modelling code that comes with the checkpoint.
         remote: build the model on the meta device, without its weights.
 
     Raises:
-        ModelError: if there is no such folder or hub id, its architecture is not known, it has no processor, or not
-            all weights.
+        ModelError: if there is no such folder or hub id, its architecture is not known, it has no processor, not all
+            weights, or there is no such place as it is to lie in.
 
     Example:
         >>> model, processor = load("testbed:llava")
@@ -61,6 +67,7 @@ def load(
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = resolve(name_or_path)
+    check_placement(device_map, max_memory, offload_folder)
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
         where["revision"] = revision
@@ -82,6 +89,8 @@ def load(
                 output_loading_info=True,
                 dtype=_dtype(dtype, device_map),
                 device_map=device_map,
+                max_memory=None if max_memory is None else dict(max_memory),
+                offload_folder=None if offload_folder is None else os.fspath(offload_folder),
                 attn_implementation=_attention(config, attn_implementation),
                 **where,
             )
@@ -160,11 +169,15 @@ def check_devices(model: torch.nn.Module) -> None:
     """Refuse a model without numbers, and one that lies on several devices with nothing that carries data between them.
 
     Raises:
-        ModelError: a weight on the meta device, or weights on several devices, unless a device map put them there.
+        ModelError: a weight on the meta device, or weights on several devices, unless a device map put them there; a
+            weight on another device than where the map runs its module.
     """
-    placed = set(getattr(model, "hf_device_map", {}).values())
-    if placed - {"meta"} or any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return  # with accelerate: weights that wait in memory or on the disk look as if they were on the meta device
+    placed = getattr(model, "hf_device_map", {})
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked or any(str(place) != "meta" for place in placed.values()):
+        # With accelerate: weights that wait in memory or on the disk look as if they were on the meta device.
+        _check_placed(model, placed)
+        return
     first: tuple[str, torch.device] | None = None
     for name, weight in model.named_parameters():
         first = first or (name, weight.device)
@@ -180,6 +193,31 @@ def check_devices(model: torch.nn.Module) -> None:
                 expected="one device, or a device map",
                 remedy="move the model: model.to(device), or load it with device_map='auto'",
             )
+
+
+def _check_placed(model: torch.nn.Module, placed: Mapping[str, Any]) -> None:
+    """Refuse parts on the meta device, and tied weights that are sent to several devices, of which one has them."""
+    import torch
+
+    for part, place in placed.items():
+        if str(place) == "meta":
+            raise ModelError(
+                f"the device map puts {part!r} on the meta device, where there are no numbers",
+                expected="'cpu' or 'disk'",
+            )
+    for path, module in model.named_modules():
+        place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if place is None:
+            continue
+        run = torch.device(place)
+        for name, weight in module.named_parameters(path, recurse=False):
+            held = weight.device
+            if not weight.is_meta and (held.type, held.index or 0) != (run.type, run.index or 0):
+                raise ModelError(
+                    f"weight {name} is on {held}, and the device map runs {path} on {run}",
+                    expected="tied weights (word embeddings and output head) on one device",
+                    remedy="put both parts on the same device",
+                )
 
 
 def _odd(weight: torch.Tensor) -> bool:
@@ -253,8 +291,7 @@ def _dtype(dtype: Any, device_map: Any) -> Any:
 
     if dtype is not None:
         return dtype
-    on_cpu = device_map is None or str(device_map) == "cpu" or not torch.accelerator.is_available()
-    return torch.float32 if on_cpu else "auto"
+    return torch.float32 if computes_on_cpu(device_map) else "auto"
 
 
 def _attention(config: Any, asked: str | dict[str, str]) -> str | dict[str, str]:
@@ -265,7 +302,14 @@ def _attention(config: Any, asked: str | dict[str, str]) -> str | dict[str, str]
 
 
 def _unreachable(path: str, error: Exception) -> ModelError:
+    import torch
+
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        remedy = "pass device_map='auto', with max_memory= to leave room for runs, or dtype='bfloat16'"
+        return ModelError(f"the model {path} does not fit ({reason})", expected="enough memory", remedy=remedy)
+    if "device_map" in reason:
+        return ModelError(f"the model {path} cannot be placed ({reason})", remedy="check device_map, or pass 'auto'")
     if Path(path).is_dir():
         return ModelError(f"the model in folder {path} cannot be loaded ({reason})", remedy="check the folder's files")
     return ModelError(
