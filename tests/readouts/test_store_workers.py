@@ -269,8 +269,8 @@ def test_probes_of_several_readers_stream_from_the_store(spawn, large, tmp_path)
         found = np.load(out)
         np.testing.assert_array_equal(found["scores"], report.scores)
         first, streamed, everything = found["peaks"]
-        assert streamed - first < 15
-        assert everything - streamed > 40  # the measure sees what is held
+        assert streamed - first < 30  # all layers at once would be 75; the pages of the open file come and go
+        assert everything - streamed > 60  # the measure sees what is held
 
 
 def test_the_script_of_the_documentation_with_a_ray_worker_killed(tmp_path):
