@@ -286,10 +286,9 @@ def test_the_script_of_the_documentation_with_a_ray_worker_killed(tmp_path):
         deadline = time.monotonic() + 120
         while len(list(folder.glob("shards/*.parquet"))) < 3 and driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        writers = [
-            child for child in psutil.Process(driver.pid).children(recursive=True) if "ray::write" in child.name()
-        ]
-        writers[0].kill()
+        own = {child.pid for child in psutil.Process(driver.pid).children(recursive=True)}
+        running = (process for process in psutil.process_iter(["name"]) if process.pid in own)
+        next(process for process in running if "ray::write" in process.info["name"]).kill()
         said = driver.communicate(timeout=120)[0]
     assert driver.returncode == 0, said.decode()
     examples = iv.data.digit_scenes(n=72, difficulty="hard")
