@@ -16,9 +16,11 @@ from torch import Tensor
 from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
+from interp_vlm.interventions.knockout import AttentionKnockout
+from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.tokens.batch import Batch
 
-__all__ = ["ENGINES", "Plan", "check_engine", "choose"]
+__all__ = ["ENGINES", "Plan", "check_engine", "choose", "working"]
 
 ENGINES = ("auto", "last_row", "suffix", "resume", "full")
 """What `engine=` may be: "auto" takes the smallest plan that is exact."""
@@ -38,6 +40,7 @@ class Plan:
         memory: bytes that are kept of the run without interventions.
         tower: whether the vision tower runs; where nothing in it is edited, its output is taken from that run.
         idle: whether nothing reads what is changed, so that the answers are those of that run.
+        working: bytes that a pass takes besides weights and what is kept, by estimate; only `vlm.plan` works it out.
     """
 
     name: str
@@ -49,12 +52,15 @@ class Plan:
     memory: int = 0
     tower: bool = False
     idle: bool = False
+    working: int = 0
 
     def explain(self) -> str:
         """The plan in a sentence."""
         kept = f", {self.memory / 2**20:.1f} MiB kept of the run without interventions" if self.memory else ""
         tower = ", the vision tower taken from it" if self.name == "full" and not self.tower else ""
-        return f"{self.name}: {self.rows} token rows through {self.layers} layers{kept}{tower}, because {self.reason}"
+        working = f", about {self.working / 2**20:.1f} MiB in a pass" if self.working else ""
+        computed = f"{self.rows} token rows through {self.layers} layers"
+        return f"{self.name}: {computed}{kept}{working}{tower}, because {self.reason}"
 
 
 def check_engine(engine: str) -> None:
@@ -101,6 +107,47 @@ def choose(
             remedy=f"the smallest exact plan is {exact[0].explain()}",
         )
     return named[engine] if engine != "full" else _full(batch, n_layers, "it was asked for")
+
+
+def working(plan: Plan, edits: Sequence[ResolvedPlace], batch: Batch, anatomy: Anatomy, itemsize: int) -> int:
+    """Bytes that one pass of a plan takes at its height besides the weights and what is kept, by estimate.
+
+    The height is the widest of an MLP, the scores of blocked edges in receipts, and the logits; until its end a pass
+    also holds what receipts need of the layers with blocked edges, and the model's own key-value cache where it runs
+    as a whole. Attention is taken to be sdpa, and the image side to be smaller than the decoder. docs/scale.md says how
+    near this comes to what is measured.
+
+    Args:
+        plan: the choice for these interventions.
+        edits: they, resolved in the batch; all in a pass of their own.
+        batch: the encoded examples.
+        anatomy: the model's sizes.
+        itemsize: bytes of one of its numbers.
+    """
+    a, keys = anatomy, batch.inputs["input_ids"].shape[1]
+    packed = plan.name in ("last_row", "suffix")
+    heads, shared = a.n_heads * a.d_head, a.n_kv_heads * a.d_head
+    knockouts = [edit for edit in edits if isinstance(edit.intervention, AttentionKnockout)]
+    blocked = len({layer for edit in knockouts for layer in edit.layers})
+    by_head = packed or any(edit.intervention.heads is not None for edit in knockouts)  # type: ignore[attr-defined]
+    layer = plan.rows * (3 * a.d_mlp + 3 * a.d_model)
+    scores = 0
+    if packed:  # attention reads kept and own keys and values as one tensor, for several rows once for every head
+        each_head = heads if plan.rows > len(batch) and heads > shared else 0
+        layer += len(batch) * 2 * (shared + each_head) * keys
+    if knockouts:
+        queries = max(int(edit.selected.sum(dim=1).max()) for edit in knockouts)
+        # weights are rebuilt in the model's type and in four bytes, each before and after its mask
+        scores = len(batch) * (queries * a.n_heads * keys * (2 + 8 // itemsize) + (heads + shared) * keys)
+    logits = (plan.rows if plan.tower else len(batch)) * a.d_vocab
+    held = itemsize * blocked * plan.rows * 2 * (heads + shared)
+    held += blocked * plan.rows * keys * (a.n_heads if by_head else 1)  # masks, a byte for each edge
+    if plan.name == "full":  # what enters the first layer; before that, words and pictures by themselves
+        held += itemsize * plan.rows * a.d_model * (3 if plan.tower else 1)
+    if plan.tower:
+        held += itemsize * plan.rows * a.n_layers * 2 * shared
+    answers = len(batch) * a.d_vocab * (itemsize + 24)  # read in double precision, when all else is done
+    return max(held + itemsize * max(layer, scores, logits), answers)
 
 
 def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: Trunk | None, why: str) -> list[Plan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from interp_vlm.engine.place import (
     resolve,
     selected,
 )
-from interp_vlm.engine.plan import Plan, check_engine, choose
+from interp_vlm.engine.plan import Plan, check_engine, choose, working
 from interp_vlm.engine.receipts import Receipt
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
@@ -179,7 +179,8 @@ class Engine:
         clean, (edits,) = self._prepared(batch, [interventions], set() if start is None else {start})
         trunk, why = self._trunk(batch, clean, start is not None)
         decoder = self._decoder(batch, clean) if engine == "auto" else None
-        return choose(edits, batch, self.anatomy.n_layers, trunk, engine, why, decoder)
+        chosen = choose(edits, batch, self.anatomy.n_layers, trunk, engine, why, decoder)
+        return replace(chosen, working=working(chosen, edits, batch, self.anatomy, clean.logits.element_size()))
 
     def _start_of(self, group: Sequence[Intervention]) -> int | None:
         """The decoder layer from which a group's cone would start; None where it touches the image side or nothing."""
