@@ -17,6 +17,7 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.knockout import AttentionKnockout
+from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.tokens.batch import Batch
 
@@ -157,7 +158,8 @@ def _exact(edits: Sequence[ResolvedPlace], batch: Batch, n_layers: int, trunk: T
         what = "nothing is edited" if not edits else "the image side is edited" if beside else why
         return [_full(batch, n_layers, what)]
     layer = min(layer for edit in edits for layer in edit.layers)
-    touched = edits[0].selected if len(edits) == 1 else torch.stack([edit.selected for edit in edits]).any(dim=0)
+    rows = [_touched(edit, trunk) for edit in edits]
+    touched = rows[0] if len(rows) == 1 else torch.stack(rows).any(dim=0)
     # What a layer's attention reads has been decided before it: an edit behind that point spreads from the next layer.
     spreads = range(min(_spread_from(edit) for edit in edits), n_layers)
     key = layer, spreads, touched.cpu().numpy().tobytes(), tuple(trunk.residuals)
@@ -210,6 +212,20 @@ def _spread(
             break
         start = int(earlier.float().argmax())
     return start, alone, idle
+
+
+def _touched(edit: ResolvedPlace, trunk: Trunk) -> Bool[Tensor, "batch pos"]:
+    """The rows in which an edit changes anything: of a knockout's, those that attend one of its keys at all."""
+    if not isinstance(edit.intervention, AttentionKnockout):
+        return edit.selected
+    attended = trunk.attended(edit.layers)
+    key = id(attended), edit.intervention.selectors
+    if key not in trunk.touched:
+        assert edit.keys is not None
+        example, row = edit.selected.nonzero(as_tuple=True)
+        edges = attended.to(row.device).expand(len(edit.batch), -1, -1)[example, row] & edit.keys[example]
+        trunk.touched[key] = edit.selected.index_put((example, row), edges.any(dim=1))
+    return trunk.touched[key]
 
 
 def _spread_from(edit: ResolvedPlace) -> int:

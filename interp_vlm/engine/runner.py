@@ -109,7 +109,7 @@ class Engine:
         """
         check_engine(engine)
         allowed = budget(memory, batch.inputs["input_ids"].device)
-        cones = engine != "full" and self._kept(batch, 1) <= allowed
+        cones = engine != "full" and self._has_room(batch, allowed)
         starts = [self._start_of(group) if cones else None for group in groups]
         for chunk in self._chunks(batch, starts, allowed):
             yield from self._chunk(batch, {number: groups[number] for number in chunk}, starts, engine, allowed, ahead)
@@ -173,9 +173,8 @@ class Engine:
     ) -> Plan:
         """How these interventions would be run."""
         check_engine(engine)
-        start = None if engine == "full" else self._start_of(interventions)
-        if self._kept(batch, 1) > budget(memory, batch.inputs["input_ids"].device):
-            start = None
+        cones = engine != "full" and self._has_room(batch, budget(memory, batch.inputs["input_ids"].device))
+        start = self._start_of(interventions) if cones else None
         clean, (edits,) = self._prepared(batch, [interventions], set() if start is None else {start})
         trunk, why = self._trunk(batch, clean, start is not None)
         decoder = self._decoder(batch, clean) if engine == "auto" else None
@@ -194,11 +193,16 @@ class Engine:
         row = 2 * a.n_layers * a.n_kv_heads * a.d_head + layers * a.d_model
         return batch.inputs["input_ids"].numel() * row * weight.element_size()
 
+    def _has_room(self, batch: Batch, allowed: int) -> bool:
+        """Whether a trunk with the residuals of one layer is there already, or may be kept."""
+        known = self.clean.known(batch)
+        return (known is not None and known.trunk is not None) or self._kept(batch, 1) <= allowed
+
     def _chunks(self, batch: Batch, starts: Sequence[int | None], allowed: int) -> list[list[int]]:
         """Numbers of the groups that one clean run serves, so that what it keeps stays within the budget."""
         layers = sorted({start for start in starts if start is not None})
         one, two = self._kept(batch, 1), self._kept(batch, 2)
-        fitting = 1 + (allowed - one) // max(1, two - one)
+        fitting = max(1, 1 + (allowed - one) // max(1, two - one))
         if len(layers) <= fitting:
             return [list(range(len(starts)))]
         parts = [set(layers[at : at + fitting]) for at in range(0, len(layers), fitting)]

@@ -28,6 +28,7 @@ class Trunk:
         residuals: the residual stream before a layer, for the layers that were asked for.
         keys, values: what each layer attends, keys after q/k norms and rotation.
         plans: the plans that are exact for edits of some rows, as they have been worked out.
+        touched: likewise the rows in which knockouts change anything.
         spreads: likewise how far edits of some rows spread through some masks.
     """
 
@@ -36,6 +37,7 @@ class Trunk:
     keys: list[Float[Tensor, "batch head pos d_head"]]
     values: list[Float[Tensor, "batch head pos d_head"]]
     plans: dict[Hashable, Any] = field(default_factory=dict)
+    touched: dict[Hashable, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
     spreads: dict[Hashable, tuple[int, bool, bool]] = field(default_factory=dict)
     _keeps: dict[int, Tensor] = field(default_factory=dict)
     _attended: dict[frozenset[int], Tensor] = field(default_factory=dict)
