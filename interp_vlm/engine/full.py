@@ -9,15 +9,13 @@ import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from nnsight import NNsight
-from nnsight.intervention.envoy import Envoy
-from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from torch import Tensor
 
 from interp_vlm.engine.access import Access, AttentionInputs
@@ -25,7 +23,7 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.errors import InterventionError
 from interp_vlm.sites import SITES
 
-__all__ = ["Forward", "Program", "Recording", "alone", "alongside", "forward", "generate", "visit", "walk"]
+__all__ = ["Forward", "Program", "Recording", "alone", "forward", "generate", "visit", "walk"]
 
 # nnsight's interleaver and Python's trace function belong to one run at a time.
 _LOCK = threading.RLock()
@@ -163,23 +161,6 @@ def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace])
         value = edit.edit(value, layer)
     access.write(site, layer, value)
     return value
-
-
-def alongside(root: Envoy, act: Callable[[], object]) -> None:
-    """Run `act` beside the block of the trace that is running.
-
-    It waits for the model by itself, so that the block can go on with what lies between; where both wait for the same
-    value, it comes first. What `act` asks for must lie ahead of the model; it ends quietly if the block stops the run.
-    """
-
-    def until_stopped() -> None:
-        with suppress(OutOfOrderError):
-            act()
-
-    block, workers = Mediator.current("alongside"), root.interleaver.mediators
-    worker = Mediator(compile("act()", "<alongside>", "exec"), {"act": until_stopped}, {})
-    workers.insert(workers.index(block), worker)
-    worker.start(root.interleaver)
 
 
 def generate(

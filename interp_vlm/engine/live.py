@@ -9,7 +9,7 @@ from nnsight.intervention.tracer import InterleavingTracer
 from interp_vlm.engine import plain
 from interp_vlm.engine.access import places_of
 from interp_vlm.engine.clean import CleanRuns
-from interp_vlm.engine.full import alone, alongside, visit
+from interp_vlm.engine.full import alone, visit
 from interp_vlm.engine.place import ResolvedPlace, resolve
 from interp_vlm.engine.receipts import refuse_without_effect
 from interp_vlm.engine.remote import Remote, StandIns
@@ -53,7 +53,7 @@ class Live:
 
         act(first)
         if later:
-            alongside(root, lambda: [act(layer) for layer in later])
+            plain.alongside(root, lambda: [act(layer) for layer in later])
 
     def _placed(self, intervention: Intervention, batch: Batch) -> ResolvedPlace:
         needs = {name for selector in intervention.selectors for name in selector.needs}

@@ -8,11 +8,13 @@ where it is folded there. An *act* is `("block", queries, keys, heads, n_heads)`
 `("put" or "add", index, rows, cells)`, which changes rows of a value (all cells of a row, or some).
 """
 
+from contextlib import suppress
 from typing import no_type_check
 
 import torch
+from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 
-__all__ = ["Placed", "There", "edited", "play", "read", "write"]
+__all__ = ["Placed", "There", "alongside", "edited", "play", "read", "write"]
 
 
 @no_type_check
@@ -123,6 +125,24 @@ def play(root, steps, last):
 
 
 @no_type_check
+def alongside(root, act):
+    """Run `act` beside the block of the trace that is running.
+
+    It waits for the model by itself, so that the block can go on with what lies between; where both wait for the same
+    value, it comes first. What `act` asks for must lie ahead of the model; it ends quietly if the block stops the run.
+    """
+
+    def until_stopped():
+        with suppress(OutOfOrderError):
+            act()
+
+    block, workers = Mediator.current("alongside"), root.interleaver.mediators
+    worker = Mediator(compile("act()", "<alongside>", "exec"), {"act": until_stopped}, {})
+    workers.insert(workers.index(block), worker)
+    worker.start(root.interleaver)
+
+
+@no_type_check
 class There:
     """What a model is in a block that runs elsewhere: its sites, and the wrapped model as `nnsight`."""
 
@@ -148,30 +168,19 @@ class Placed:
 
     def apply(self, there):
         """Act in the first layer here, in the others when the model reaches them, beside the rest of the block."""
-        from nnsight.intervention.interleaver import Mediator, OutOfOrderError
+        changed = 0
 
-        root, changed = there.nnsight, [0]
-
-        def act(step):
-            place, what = step
-            value, count, empty = edited(read(root, place), what)
-            changed[0] += count
+        def act(place, what):
+            nonlocal changed
+            value, count, empty = edited(read(there.nnsight, place), what)
+            changed += count
             if empty:
                 raise ValueError(f"{self.name} leaves position {empty[0][2]} of example {empty[0][0]} with no key")
-            write(root, place, value)
-            if step is self.steps[-1] and self.must and not changed[0]:
+            write(there.nnsight, place, value)
+            if what is self.steps[-1][1] and self.must and not changed:
                 raise ValueError(f"{self.name} blocks no edge: the model attends none of them anyway")
 
-        def rest():
-            try:
-                for step in self.steps[1:]:
-                    act(step)
-            except OutOfOrderError:  # the block stopped the run
-                pass
-
-        act(self.steps[0])
-        if len(self.steps) > 1:
-            block, workers = Mediator.current("apply"), root.interleaver.mediators
-            worker = Mediator(compile("rest()", "<apply>", "exec"), {"rest": rest}, {})
-            workers.insert(workers.index(block), worker)
-            worker.start(root.interleaver)
+        first, *later = self.steps
+        act(*first)
+        if later:
+            alongside(there.nnsight, lambda: [act(*step) for step in later])

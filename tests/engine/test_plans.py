@@ -9,7 +9,7 @@ import torch
 
 import interp_vlm as iv
 from interp_vlm import select
-from interp_vlm.engine import clean, packed
+from interp_vlm.engine import packed
 from interp_vlm.engine.cone import Rest
 from interp_vlm.engine.memory import budget
 from interp_vlm.engine.packed import Packed
@@ -346,8 +346,9 @@ def test_results_come_in_the_order_asked():
 def test_one_clean_run_serves_a_sweep(monkeypatch):
     setting = Setting("llava")
     batch = setting.vlm.encode(setting.batch.images[0][0], "is there a cat?")
-    runs, forward = [], clean.forward
-    monkeypatch.setattr(clean, "forward", lambda *args: runs.append(1) or forward(*args))
+    cleans = setting.vlm._engine.clean
+    runs, forward = [], cleans.forward
+    monkeypatch.setattr(cleans, "forward", lambda *args: runs.append(1) or forward(*args))
     iv.sweep(setting.vlm, batch, [each for layer in range(LAYERS) for each in at_the_answer(setting, layer)[4:5]])
     assert len(runs) == 1
     batch = setting.vlm.encode(setting.batch.images[0][0], "is there a dog?")
