@@ -17,7 +17,6 @@ from interp_vlm.engine.place import ResolvedPlace
 from interp_vlm.engine.trunk import Trunk
 from interp_vlm.errors import InterventionError
 from interp_vlm.interventions.knockout import AttentionKnockout
-from interp_vlm.interventions.knockout import AttentionKnockout
 from interp_vlm.models.anatomy import Anatomy
 from interp_vlm.tokens.batch import Batch
 
