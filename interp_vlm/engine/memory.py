@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from pathlib import Path
 
 import torch
 
 from interp_vlm.errors import InterventionError
 
-__all__ = ["DEFAULT", "Budget", "asked_for", "budget", "out_of_memory", "release"]
+__all__ = ["DEFAULT", "Budget", "asked_for", "budget", "held", "left_to_process", "out_of_memory", "release"]
 
 Budget = str | int | float | None
 
@@ -94,5 +96,21 @@ def _free(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), left_to_process())
     return 4 * 2**30
+
+
+def left_to_process() -> int:
+    """Bytes that this process may still take before its limit on data (`ulimit -d`) stops it; huge without one."""
+    if not sys.platform.startswith("linux"):
+        return sys.maxsize
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return sys.maxsize if limit == resource.RLIM_INFINITY else max(0, limit - held()["VmData"])
+
+
+def held() -> dict[str, int]:
+    """What this process holds, in bytes, by the names of Linux: VmData, VmRSS, VmHWM and others."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if words[-1:] == ["kB"]}
