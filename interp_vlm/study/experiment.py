@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from interp_vlm.data.example import Example
     from interp_vlm.study.material import Material, Shard
+    from interp_vlm.study.neuron_sets import Chosen
     from interp_vlm.vlm import VLM
 
 __all__ = ["Bench", "Experiment"]
@@ -30,12 +31,14 @@ class Bench:
         settings: of the study.
         reference: examples of other pictures, for means.
         fitting: examples of other pictures again, on which probes choose what to ablate.
+        chosen: what they chose; found where it is needed when None.
     """
 
     vlm: VLM
     settings: Settings
     reference: tuple[Example, ...] = ()
     fitting: tuple[Example, ...] = ()
+    chosen: Chosen | None = None
 
     @cached_property
     def image_mean(self) -> Tensor:
@@ -56,8 +59,11 @@ class Experiment:
         measure: rows of one shard, one per example and what was done to it.
         summarise: the tidy table of one model's rows.
         passes: forward passes for one item, roughly: what its progress counts.
+        closing: the same for its table (passes of an embedded model): what ends with long work is begun first.
         absent: why the report lacks the experiment where it has no material.
         needs: which of the material's examples that are set aside it needs, "reference" or "fitting".
+        prepare: what all shards of a model have in common and takes long: found once, from the examples set aside,
+            which no shard then needs itself. Fields of the bench.
     """
 
     name: str
@@ -65,5 +71,7 @@ class Experiment:
     measure: Callable[[Bench, Shard], pd.DataFrame]
     summarise: Callable[[pd.DataFrame, Settings], pd.DataFrame]
     passes: int
+    closing: int = 1
     absent: str = ""
     needs: tuple[str, ...] = ()
+    prepare: Callable[[Bench], Mapping[str, Any]] | None = None

@@ -148,4 +148,4 @@ def _numbered(table: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-HEADS = Experiment("heads", lambda material: material.errors, measure, summarise, passes=3)
+HEADS = Experiment("heads", lambda material: material.errors, measure, summarise, passes=3, closing=4)

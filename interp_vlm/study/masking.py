@@ -240,6 +240,7 @@ MASKING = Experiment(
     measure,
     summarise,
     passes=39,
+    closing=3,
     absent="it needs pictures that are set aside as reference, and the data hold a single one",
     needs=("reference",),
 )

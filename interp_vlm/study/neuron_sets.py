@@ -79,11 +79,13 @@ _KNOWN: WeakKeyDictionary[VLM, tuple[Any, Chosen]] = WeakKeyDictionary()
 
 
 def chosen(bench: Bench) -> Chosen:
-    """What the fitting examples say about the neurons of the model on the bench; found once in a process.
+    """What the fitting examples say about the neurons of the model on the bench; found once, here or elsewhere.
 
     Errors:
         none where the probe cannot be fitted (one class, too few pictures): the result's `reason` says why.
     """
+    if bench.chosen is not None:
+        return bench.chosen
     key = bench.settings.seed, bench.settings.batch_size, tuple(id(example) for example in bench.fitting)
     known = _KNOWN.get(bench.vlm)
     if known is None or known[0] != key:

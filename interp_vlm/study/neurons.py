@@ -308,6 +308,8 @@ NEURONS = Experiment(
     measure,
     summarise,
     passes=47,
+    closing=6,
     absent="it needs pictures that are set aside to choose neurons on, and the data hold too few",
     needs=("fitting",),
+    prepare=lambda bench: {"chosen": chosen(bench)},
 )

@@ -158,8 +158,11 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         ray.shutdown()
         self._messages.__exit__(None, None, None)
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Task, Any]]:
         """Run tasks and yield each with its result as it is finished, in any order.
+
+        Args:
+            tasks: `None` among them says that the next one waits for the result of another.
 
         Raises:
             StudyError: see the class; `UnitsFailed`, at the end, with every unit that failed.
@@ -168,7 +171,10 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         left, again, failures = iter(tasks), deque[_Try](), list[Failure]()
 
         def following() -> _Try | None:
-            return again.popleft() if again else next(map(_Try, left), None)
+            if again:
+                return again.popleft()
+            task = next(left, None)
+            return None if task is None else _Try(task)
 
         coming = following()
         while coming or self._busy:

@@ -100,4 +100,4 @@ def _flat(hidden: Tensor) -> Any:
     return hidden.detach().to(torch.float32).cpu().numpy().ravel()
 
 
-RELIABILITY = Experiment("reliability", lambda material: material.errors, measure, summarise, passes=3)
+RELIABILITY = Experiment("reliability", lambda material: material.errors, measure, summarise, passes=3, closing=6)

@@ -6,11 +6,12 @@ import base64
 import io
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from interp_vlm.study.experiments import EXPERIMENTS
 from interp_vlm.study.folder import RunFolder, write_bytes
 from interp_vlm.study.sections.claims import ClaimSection
 from interp_vlm.study.sections.claims import section as claims_section
@@ -24,9 +25,36 @@ if TYPE_CHECKING:
 
     from interp_vlm.study.material import Material
 
-__all__ = ["command_line", "write_report"]
+__all__ = ["Picture", "command_line", "draw", "write_report"]
 
 _DPI = 200
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A panel of the report once it is drawn: its file name without ending, its caption, and the PNG."""
+
+    name: str
+    caption: str
+    png: bytes
+
+
+def draw(experiment: str, table: pd.DataFrame, models: Sequence[str]) -> tuple[Section, tuple[Picture, ...]]:
+    """One experiment's section of the report, without its panels, and these as pictures.
+
+    Args:
+        experiment: its name.
+        table: its tidy table, of all models.
+        models: their short names, in order.
+    """
+    section: Section = import_module(f"interp_vlm.study.sections.{experiment}").section(table, models)
+    return replace(section, panels=()), tuple(map(_drawn, section.panels))
+
+
+def _drawn(panel: Panel) -> Picture:
+    buffer = io.BytesIO()
+    panel.figure.savefig(buffer, format="png", dpi=_DPI)
+    return Picture(panel.name, panel.caption, buffer.getvalue())
 
 
 def write_report(
@@ -35,6 +63,7 @@ def write_report(
     material: Material,
     facts: Mapping[str, Mapping[str, Any]],
     tables: Mapping[str, pd.DataFrame],
+    drawn: Mapping[str, tuple[Section, tuple[Picture, ...]]],
 ) -> Path:
     """Write the figures and `report.html`.
 
@@ -44,24 +73,22 @@ def write_report(
         material: what it worked on.
         facts: of each model.
         tables: the tidy table of each experiment that was done.
+        drawn: what `draw` made of each that has rows.
 
     Returns:
         The path of the report.
     """
-    from interp_vlm.study.experiments import EXPERIMENTS
-
     names = list(short_names(settings.models).values())
-    sections: dict[str, Section] = {}
-    absent = []
-    for name in settings.experiments:
-        experiment = EXPERIMENTS[name]
-        if name in tables and len(tables[name]):
-            sections[name] = import_module(f"interp_vlm.study.sections.{name}").section(tables[name], names)
-        else:
-            absent.append((name, experiment.absent if name not in tables else "no example could be used for it"))
+    sections = {name: drawn[name][0] for name in settings.experiments if name in drawn}
+    absent = [
+        (name, EXPERIMENTS[name].absent if name not in tables else "no example could be used for it")
+        for name in settings.experiments
+        if name not in drawn
+    ]
     cards = front(tables, sections, names)
     claims = claims_section(tables["claims"], names) if "claims" in tables else None
-    page = _page(settings, material, facts, cards, claims, sections, absent, folder)
+    pictures = {name: [_saved(picture, folder) for picture in drawn[name][1]] for name in sections}
+    page = _page(settings, material, facts, cards, claims, sections, pictures, absent, folder)
     path = folder.path / "report.html"
     write_bytes(path, page.encode())
     return path
@@ -74,14 +101,13 @@ def _page(
     cards: Sequence[Card],
     claims: ClaimSection | None,
     sections: Mapping[str, Section],
+    pictures: Mapping[str, list[dict[str, str]]],
     absent: Sequence[tuple[str, str]],
     folder: RunFolder,
 ) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    shown = []
-    for name, section in sections.items():
-        shown.append({**_shallow(section), "name": name, "panels": [_shown(panel, folder) for panel in section.panels]})
+    shown = [{**_shallow(section), "name": name, "panels": pictures[name]} for name, section in sections.items()]
     names = short_names(settings.models)
     models = [
         {**facts[model], "name": names[model], "parameters": _millions(facts[model])} for model in settings.models
@@ -91,7 +117,7 @@ def _page(
     )
     return environment.get_template("report.html").render(
         title=f"What the answers of {listed(names.values())} rest on",
-        cards=[{**_shallow(card), "panel": _shown(card.panel, folder)} for card in cards],
+        cards=[{**_shallow(card), "panel": _saved(_drawn(card.panel), folder)} for card in cards],
         lead="" if cards else " ".join(section.summary for section in sections.values() if section.summary),
         claims=claims,
         names=list(names.values()),
@@ -109,12 +135,10 @@ def _shallow(part: Section | Card) -> dict[str, Any]:
     return {item.name: getattr(part, item.name) for item in fields(part)}
 
 
-def _shown(panel: Panel, folder: RunFolder) -> dict[str, str]:
-    """The panel's caption, and its figure as PNG, saved and encoded for the page."""
-    buffer = io.BytesIO()
-    panel.figure.savefig(buffer, format="png", dpi=_DPI)
-    write_bytes(folder.path / "figures" / f"{panel.name}.png", buffer.getvalue())
-    return {"caption": panel.caption, "png": base64.b64encode(buffer.getvalue()).decode("ascii")}
+def _saved(picture: Picture, folder: RunFolder) -> dict[str, str]:
+    """The caption of a picture, saved, and the PNG encoded for the page."""
+    write_bytes(folder.path / "figures" / f"{picture.name}.png", picture.png)
+    return {"caption": picture.caption, "png": base64.b64encode(picture.png).decode("ascii")}
 
 
 def _millions(facts: Mapping[str, Any]) -> str:

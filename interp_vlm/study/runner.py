@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from interp_vlm.study.agenda import Agenda, Course, Job
 from interp_vlm.study.claim import fingerprint, load_claims
 from interp_vlm.study.folder import RunFolder, write_bytes, write_frame
 from interp_vlm.study.settings import Settings, short_names
-from interp_vlm.study.work import Crew, Task, UnitsFailed, describe, joined, measure, summarise
+from interp_vlm.study.work import Crew, Task, UnitsFailed, describe, joined, measure, prepare, summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +67,9 @@ def run_study(
         folder.opened(settings, resume),
         crew or Crew(settings, workers or default_workers(settings)) as hands,
     ):
+        # here, since these imports take seconds, in which the workers load a model
         from interp_vlm.study.material import load_material
+        from interp_vlm.study.report import draw, write_report
 
         material = load_material(settings)
         with console.status("loading the models"):
@@ -76,52 +80,82 @@ def run_study(
         failed = folder.path / "failed.json"
         failed.unlink(missing_ok=True)
         try:
-            _measure(hands, plan, console)
+            _work(hands, plan, settings, console)
         except UnitsFailed as error:
             write_bytes(failed, error.as_json().encode())
             raise
         with console.status("tables and report"):
-            tables = _tables(hands, plan, folder, settings)
+            tables = _tables(plan, folder, settings)
             if claims:
                 tables["claims"] = _verdicts(claims, tables, facts, folder, settings)
-            from interp_vlm.study.report import write_report
+            names = list(short_names(settings.models).values())
+            sections = [Task(draw, (e, tables[e], names), e) for e in settings.experiments if len(tables.get(e, ()))]
+            drawn = {task.label: section for task, section in hands.run(sections)}
+            return write_report(folder, settings, material, facts, tables, drawn)
 
-            return write_report(folder, settings, material, facts, tables)
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Planned:
-    """One experiment of one model: its shards and where their rows go."""
+    """One experiment of one model: its shards, where their rows go, and its table once it is there."""
 
     experiment: Experiment
     model: str
     shards: tuple[Shard, ...]
     paths: tuple[Path, ...]
-    aside: Mapping[str, tuple[Any, ...]]
+    aside: Mapping[str, Any]
     weights: str
+    table: pd.DataFrame | None = None
 
-    def tasks(self) -> list[Task]:
-        """What is not done yet."""
-        name = self.experiment.name
-        return [
-            Task(
-                measure,
-                (self.model, name, shard, self.aside, self.weights),
-                self.model,
-                self._weight(shard),
-                path,
-                shard.ids,
-            )
+    def course(self, settings: Settings, advance: Callable[[int], object]) -> Course:
+        """What is not done yet: what the shards share, the shards, the table."""
+        units = [
+            self._unit(shard, path, advance)
             for shard, path in zip(self.shards, self.paths, strict=True)
             if not path.is_file()
         ]
+        items = sum(len(shard.items) for shard in self.shards)
+        table = Job(self._summary, partial(setattr, self, "table"), items * self.experiment.closing)
+        return Course([self._preparation() if units else [], units, [table]], settings.models.index(self.model))
 
-    def _weight(self, shard: Shard) -> int:
+    def _preparation(self) -> list[Job]:
+        if self.experiment.prepare is None:
+            return []
+        ids = tuple(example.id for listed in self.aside.values() for example in listed)
+        arguments = (self.model, self.experiment.name, self.aside, self.weights)
+        task = Task(prepare, arguments, self._label, examples=ids)
+        return [Job(lambda: task, partial(setattr, self, "aside"), len(ids))]
+
+    def _unit(self, shard: Shard, path: Path, advance: Callable[[int], object]) -> Job:
+        def make() -> Task:
+            arguments = (self.model, self.experiment.name, shard, self.aside, self.weights)
+            return Task(measure, arguments, self._label, path, shard.ids)
+
+        def take(content: bytes) -> None:
+            write_bytes(path, content)
+            advance(self.weight(shard))
+
+        return Job(make, take, self.weight(shard))
+
+    def _summary(self) -> Task:
+        return Task(summarise, (self.experiment.name, joined(self.paths)), self._label)
+
+    @property
+    def _label(self) -> str:
+        return f"{self.experiment.name}/{self.model}"
+
+    def weight(self, shard: Shard) -> int:
+        """Forward passes of a shard."""
         return len(shard.items) * self.experiment.passes
 
     @property
     def total(self) -> int:
-        return sum(map(self._weight, self.shards))
+        """Forward passes of all shards."""
+        return sum(map(self.weight, self.shards))
+
+    @property
+    def finished(self) -> int:
+        """Forward passes whose rows are there."""
+        return sum(self.weight(s) for s, path in zip(self.shards, self.paths, strict=True) if path.is_file())
 
 
 def _describe(crew: Crew | RayCrew, settings: Settings, material: Material) -> dict[str, dict[str, Any]]:
@@ -147,47 +181,42 @@ def _plan(folder: RunFolder, settings: Settings, material: Material, weights: Ma
     return plan
 
 
-def _measure(crew: Crew | RayCrew, plan: Sequence[_Planned], console: Console) -> None:
-    """Do every shard that is not done, with a bar for each model, or one for the whole of a cluster."""
-    names = short_names(list(dict.fromkeys(planned.model for planned in plan)))
+def _work(crew: Crew | RayCrew, plan: Sequence[_Planned], settings: Settings, console: Console) -> None:
+    """Do what is not done, with a bar of the forward passes for each model, or one for the whole of a cluster.
+
+    Model by model, so that each is loaded once. An experiment is summarised while others are measured.
+    """
+    names = short_names(settings.models)
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
     )  # fmt: skip
     # written to a file, a bar would be one more line beside an error
     with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
-        # model by model, so that each is loaded once; large units first, so that no worker ends long after another
-        order = list(names)
-        tasks = [task for planned in plan for task in planned.tasks()]
-        tasks.sort(key=lambda task: (order.index(task.label), -task.weight))
-        bars = {}
-        for title in dict.fromkeys(crew.title or name for name in names.values()):
-            own = [model for model, name in names.items() if title in (crew.title, name)]
-            left = sum(task.weight for task in tasks if task.label in own)
-            total = sum(planned.total for planned in plan if planned.model in own)
-            bars |= dict.fromkeys(own, progress.add_task(title, total=total, completed=total - left))
-        for task, content in crew.run(tasks):
-            write_bytes(task.path, content)
-            progress.advance(bars[task.label], task.weight)
+        titles = {planned: crew.title or names[planned.model] for planned in plan}
+        bars = {
+            title: progress.add_task(
+                title,
+                total=sum(planned.total for planned in plan if titles[planned] == title),
+                completed=sum(planned.finished for planned in plan if titles[planned] == title),
+            )
+            for title in dict.fromkeys(titles.values())
+        }
+        agenda = Agenda([p.course(settings, partial(progress.advance, bars[titles[p]])) for p in plan])
+        for task, result in crew.run(agenda):
+            agenda.done(task, result)
 
 
-def _tables(
-    crew: Crew | RayCrew, plan: Sequence[_Planned], folder: RunFolder, settings: Settings
-) -> dict[str, pd.DataFrame]:
+def _tables(plan: Sequence[_Planned], folder: RunFolder, settings: Settings) -> dict[str, pd.DataFrame]:
     """Per experiment the examples and the tidy table of all models, written and returned."""
     import pandas as pd
 
-    names = short_names(settings.models)
-    tasks = (
-        Task(summarise, (p.experiment.name, joined(p.paths)), f"{p.experiment.name}/{names[p.model]}") for p in plan
-    )
-    found: Mapping[str, pd.DataFrame] = {task.label: table for task, table in crew.run(tasks)}
-    tables = {}
+    names, tables = short_names(settings.models), {}
     for experiment in dict.fromkeys(planned.experiment.name for planned in plan):
         own = [planned for planned in plan if planned.experiment.name == experiment]
         rows = [_named(joined(planned.paths), names[planned.model]) for planned in own]
         write_frame(folder.path / "examples" / f"{experiment}.parquet", pd.concat(rows, ignore_index=True))
-        each = [_named(found[f"{experiment}/{names[planned.model]}"], names[planned.model]) for planned in own]
+        each = [_named(planned.table, names[planned.model]) for planned in own if planned.table is not None]
         table = tables[experiment] = pd.concat(each, ignore_index=True)
         _write_table(folder, experiment, table)
     return tables

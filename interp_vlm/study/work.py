@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
     from interp_vlm.vlm import VLM
 
-__all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "summarise"]
+__all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "prepare", "summarise"]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A function of this module with its arguments, and what it counts for on a progress bar.
+    """A function of this module with its arguments, and what it is about.
 
     A unit of work also says which file its result belongs in, and which examples it is about.
     """
@@ -46,7 +46,6 @@ class Task:
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
     label: str = ""
-    weight: int = 1
     path: Path = Path()
     examples: tuple[str, ...] = ()
 
@@ -123,21 +122,24 @@ class Crew(AbstractContextManager["Crew"]):
             workers, multiprocessing.get_context("spawn"), initializer=_prepare, initargs=(settings,)
         )
 
-    def run(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Any]]:
+    def run(self, tasks: Iterable[Task | None]) -> Iterator[tuple[Task, Any]]:
         """Run tasks and yield each with its result as it is finished, in any order.
+
+        Args:
+            tasks: `None` among them says that the next one waits for the result of another.
 
         Raises:
             StudyError: when a worker process dies.
         """
         if self._pool is None:
-            for task in tasks:
+            for task in filter(None, tasks):
                 yield task, task.call(*task.arguments)
             return
         try:
             left, waiting = iter(tasks), dict[Future[Any], Task]()
             while True:
                 # few at a time: arguments and results may be whole tables
-                for task in islice(left, 2 * self._workers - len(waiting)):
+                for task in filter(None, islice(left, 2 * self._workers - len(waiting))):
                     waiting[self._pool.submit(task.call, *task.arguments)] = task
                 if not waiting:
                     return
@@ -192,7 +194,7 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def _bench(model: str, aside: Mapping[str, tuple[Example, ...]] | None = None) -> Bench:
+def _bench(model: str, aside: Mapping[str, Any] | None = None) -> Bench:
     from interp_vlm.study.experiment import Bench
     from interp_vlm.vlm import load
 
@@ -203,7 +205,7 @@ def _bench(model: str, aside: Mapping[str, tuple[Example, ...]] | None = None) -
         options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
         _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"]), model
     bench: Bench = _HELD["bench"]
-    missing = {name: examples for name, examples in (aside or {}).items() if not getattr(bench, name)}
+    missing = {name: value for name, value in (aside or {}).items() if not getattr(bench, name)}
     if missing:
         bench = _HELD["bench"] = replace(bench, **missing)
     return bench
@@ -247,8 +249,27 @@ def _weights(vlm: VLM) -> str:
     return digest.hexdigest()[:16]
 
 
-def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple[Example, ...]], weights: str) -> bytes:
+def prepare(model: str, experiment: str, aside: Mapping[str, tuple[Example, ...]], weights: str) -> Mapping[str, Any]:
+    """What all shards of one model share: fields of the bench.
+
+    Raises:
+        ModelError: see `measure`.
+    """
+    from interp_vlm.study.experiments import EXPERIMENTS
+
+    found = EXPERIMENTS[experiment].prepare
+    return found(_known(model, aside, weights)) if found else aside
+
+
+def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, Any], weights: str) -> bytes:
     """Measure one shard: its rows as a Parquet file, which the study's own process writes.
+
+    Args:
+        model: as `iv.load` takes it.
+        experiment: its name.
+        shard: what to measure.
+        aside: fields of the bench: examples set aside, or what was found from them.
+        weights: fingerprint of the model's weights where the study was begun.
 
     Raises:
         ModelError: when the model here has other weights than where the study was begun: another revision in this
@@ -256,6 +277,11 @@ def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple
     """
     from interp_vlm.study.experiments import EXPERIMENTS
 
+    return parquet(EXPERIMENTS[experiment].measure(_known(model, aside, weights), shard))
+
+
+def _known(model: str, aside: Mapping[str, Any], weights: str) -> Bench:
+    """The bench, with the model with which the study was begun."""
     bench = _bench(model, aside)
     if "weights" not in _HELD:
         _HELD["weights"] = _weights(bench.vlm)
@@ -265,7 +291,7 @@ def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, tuple
             expected="the same files everywhere",
             remedy="fetch the same revision there, and go on with --resume",
         )
-    return parquet(EXPERIMENTS[experiment].measure(bench, shard))
+    return bench
 
 
 def summarise(experiment: str, rows: pd.DataFrame) -> pd.DataFrame:

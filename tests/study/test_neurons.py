@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pandas as pd
@@ -230,10 +231,12 @@ def test_rows(rows, bench):
     assert (rows["flipped"] == (rows["answer"] != rows["example"].map(answers))).all()
 
 
-def test_the_same_again_whatever_the_cut(bench, rows, shard):
-    """A shard of its own gives some questions the rows that they have among others."""
+def test_the_same_again_whatever_the_cut_and_wherever_neurons_were_chosen(bench, vlm, rows, shard):
+    """A shard of its own gives some questions the rows that they have among others, from what another process chose."""
     some = shard.items[6:10]
-    again = NEURONS.measure(bench, Shard(7, "standard", some))
+    carried = ForkingPickler.loads(ForkingPickler.dumps(NEURONS.prepare(bench)))
+    assert carried["chosen"] is not chosen(bench)
+    again = NEURONS.measure(Bench(vlm, SETTINGS, **carried), Shard(7, "standard", some))
     by = ["example", "set", "size", "fill", "layer", "at"]
     before = rows[rows["example"].isin({example.id for example in some})]
     left, right = (frame.sort_values(by).reset_index(drop=True) for frame in (before, again))
