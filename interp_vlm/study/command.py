@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-__all__ = ["study"]
+if TYPE_CHECKING:
+    from interp_vlm.study.ray_pool import RayCrew
+    from interp_vlm.study.settings import Settings
+
+__all__ = ["crew_on_ray", "study"]
 
 
 def study(
@@ -57,6 +61,12 @@ def study(
         typer.Option(help="Work on Ray: local, auto (the cluster of this machine), or HOST:PORT of a cluster's head."),
     ] = None,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker on Ray; a share is allowed.")] = 0.0,
+    memory_per_worker: Annotated[
+        str | None,
+        typer.Option(
+            help="Main memory of each worker on Ray, such as 2GiB, which it cannot exceed.", show_default="no bound"
+        ),
+    ] = None,
 ) -> None:
     """Study what the answers of one or more models rest on, judge published claims about it, and write a report.
 
@@ -67,7 +77,6 @@ def study(
     """
     from interp_vlm.errors import StudyError
     from interp_vlm.study.folder import free_folder
-    from interp_vlm.study.ray_pool import RayCrew
     from interp_vlm.study.runner import run_study
     from interp_vlm.study.settings import EMBEDDED, Settings
 
@@ -80,9 +89,7 @@ def study(
         on_error="skip" if skip_broken else "raise", device=device,
         claims=tuple(name.strip() for name in claims.split(",")),
     )  # fmt: skip
-    if ray is None and gpus_per_worker:
-        raise StudyError(f"--gpus-per-worker {gpus_per_worker:g} without --ray", remedy="pass --ray local too")
-    crew = None if ray is None else RayCrew(settings, ray, workers, gpus_per_worker)
+    crew = crew_on_ray(settings, ray, workers, gpus_per_worker, memory_per_worker)
     folder = free_folder(Path("runs")) if out is None else out
     try:
         report = run_study(settings, folder, resume=resume, workers=workers, crew=crew)
@@ -92,3 +99,22 @@ def study(
     if crew is not None:
         typer.echo(crew.summary, err=True)
     typer.echo(f"report: {report.resolve()}")
+
+
+def crew_on_ray(
+    settings: Settings, address: str | None, workers: int | None, gpus: float, memory: str | None
+) -> RayCrew | None:
+    """The workers that the options name; None without Ray.
+
+    Raises:
+        StudyError: options that make no sense, or none without Ray.
+    """
+    from interp_vlm.errors import StudyError
+    from interp_vlm.study.ray_pool import RayCrew
+
+    if address is not None:
+        return RayCrew(settings, address, workers, gpus, memory)
+    for option, given in (("--gpus-per-worker", f"{gpus:g}" if gpus else ""), ("--memory-per-worker", memory)):
+        if given:
+            raise StudyError(f"{option} {given} without --ray", remedy="pass --ray local too")
+    return None

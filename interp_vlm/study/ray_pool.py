@@ -8,6 +8,7 @@ in common for the run folder.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -21,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from interp_vlm.errors import InterpVLMError, StudyError
+from interp_vlm.study.bound import REMEDY, TooLittleMemory, bounded, in_bytes, in_words, spare
 from interp_vlm.study.folder import versions
 from interp_vlm.study.settings import Settings
-from interp_vlm.study.work import Failure, Task, UnitsFailed, hold
+from interp_vlm.study.work import Failure, Task, Unfit, UnitsFailed, hold, warm
 
 __all__ = ["TRIES", "RayCrew"]
 
@@ -32,24 +34,34 @@ TRIES = 3
 
 PATIENCE = 300.0  # seconds without any worker before a study gives up: a machine may take minutes to come
 OBJECT_STORE = 256 * 2**20  # bytes; what a unit takes and gives is small
+KEPT = 4  # arguments that many tasks share; those of one model are used together
 REACH = 10.0  # seconds in which the cluster's head must answer
 
 
 class Worker:
     """The actor: one process that holds one model."""
 
-    def __init__(self, settings: Settings, folder: str) -> None:
+    def __init__(self, settings: Settings, folder: str, memory: int | None) -> None:
         with suppress(OSError):
             os.chdir(folder)  # relative paths mean what they mean to the study
         hold(settings)
+        self._memory, self._spare = memory, 0
 
     def ready(self) -> tuple[str, dict[str, str]]:
         """The name of this machine and the versions that this worker runs."""
+        if self._memory is not None:
+            self._spare = spare(self._memory)
         return socket.gethostname(), _versions()
+
+    def warm(self, model: str) -> None:
+        """Load a model while the study draws its examples."""
+        with suppress(TooLittleMemory), bounded(self._memory, self._spare):
+            warm(model)
 
     def do(self, call: Callable[..., Any], *arguments: Any) -> tuple[Any, int]:
         """The result of a task, and the most memory that this worker ever held, in bytes."""
-        return call(*arguments), _peak()
+        with bounded(self._memory, self._spare):
+            return call(*arguments), _peak()
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +82,8 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         workers: actors; by default as many as the cluster has room for: one for every `gpus_per_worker` GPUs, or one a
             core for the embedded models, or one a machine.
         gpus_per_worker: GPUs of an actor; a share for several actors on one.
+        memory_per_worker: bytes of main memory, or a size such as "2GiB", that an actor needs, and beyond which its
+            system gives it none (Linux). The engine's own budget is a share of what is left of it.
 
     Attributes:
         peaks: by worker, the most memory that it held, in bytes.
@@ -87,7 +101,12 @@ class RayCrew(AbstractContextManager["RayCrew"]):
     """
 
     def __init__(
-        self, settings: Settings, address: str, workers: int | None = None, gpus_per_worker: float = 0.0
+        self,
+        settings: Settings,
+        address: str,
+        workers: int | None = None,
+        gpus_per_worker: float = 0.0,
+        memory_per_worker: str | int | None = None,
     ) -> None:
         if workers is not None and workers < 1:
             raise StudyError(f"workers is {workers}", expected="a whole number from 1")
@@ -102,7 +121,8 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             missing = "--gpus-per-worker" if on_gpu else "--device cuda"
             raise StudyError(f"{found} on Ray without {missing}", remedy=f"pass {missing} too")
         self._settings, self._address, self._asked, self._gpus = settings, address, workers, gpus_per_worker
-        self._room = 0
+        self._memory = None if memory_per_worker is None else in_bytes(memory_per_worker)
+        self._room = self._died = 0
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, _Try]] = {}
@@ -120,27 +140,33 @@ class RayCrew(AbstractContextManager["RayCrew"]):
     @property
     def summary(self) -> str:
         """What the work took, in a line."""
-        peak = f"at most {max(self.peaks.values()) / 2**30:.2f} GiB each" if self.peaks else "nothing to do"
+        peak = f"at most {in_words(max(self.peaks.values()))} each" if self.peaks else "nothing to do"
+        if self._memory is not None:
+            peak += f" of {in_words(self._memory)}"
         again = f"; {self.repeated} times a unit was done again" if self.repeated else ""
         return f"{self.title}, {peak}{again}"
+
+    def as_json(self) -> str:
+        """The same for machines: bytes of memory by worker, the bound on it, and how often a unit was done again."""
+        found = {"peak_memory": self.peaks, "memory_per_worker": self._memory, "repeated": self.repeated}
+        return json.dumps(found, indent=1) + "\n"
 
     def __enter__(self) -> RayCrew:
         ray = _connected(self._address, self._asked or os.cpu_count() or 1)
         self._messages.__enter__()
         try:
-            self._room = _room(ray.nodes(), self._settings, self._gpus)
+            self._room = _room(ray.nodes(), self._settings, self._gpus, self._memory)
             if not self._room:
-                raise StudyError(
-                    f"the Ray cluster {self._address} has no room for a worker",
-                    expected=f"a machine with a free core and {self._gpus:g} GPUs",
-                    remedy="add a machine, or lower --gpus-per-worker",
-                )
+                raise self._crowded(ray.nodes())
+            needs = {"num_gpus": self._gpus} | ({} if self._memory is None else {"memory": self._memory})
             # Spread, so that a machine lost takes few with it; restarted by Ray wherever there is room again.
-            actor = ray.remote(
-                num_cpus=1, num_gpus=self._gpus, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD"
-            )(Worker)
+            actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=0, scheduling_strategy="SPREAD", **needs)(
+                Worker
+            )
             for _ in range(self._asked or self._room):
-                self._await(actor.remote(self._settings, str(Path.cwd())))
+                worker = actor.remote(self._settings, str(Path.cwd()), self._memory)
+                self._await(worker)
+                worker.warm.remote(self._settings.models[0])
         except BaseException:
             self.__exit__()
             raise
@@ -166,6 +192,7 @@ class RayCrew(AbstractContextManager["RayCrew"]):
 
         Raises:
             StudyError: see the class; `UnitsFailed`, at the end, with every unit that failed.
+            Unfit: a machine without the model, or with another one; what was done stays.
             InterpVLMError: what a task that is no unit of work (a model that cannot be loaded) raised on purpose.
         """
         left, again, failures = iter(tasks), deque[_Try](), list[Failure]()
@@ -185,10 +212,12 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             for tried, done in self._finished():
                 if not isinstance(done, Exception):
                     yield tried.task, done
-                elif isinstance(done, InterpVLMError) and not tried.task.examples:
+                elif isinstance(done, TooLittleMemory) and not tried.task.examples:
+                    raise TooLittleMemory(f"{Failure(tried.task, done, 1).unit}: {done}")
+                elif isinstance(done, Unfit) or (isinstance(done, InterpVLMError) and not tried.task.examples):
                     raise done
                 elif isinstance(done, InterpVLMError) or tried.failed + 1 == TRIES:
-                    failures.append(Failure(tried.task, done, tried.failed + 1))
+                    failures.append(Failure(tried.task, _told(done), tried.failed + 1))
                 else:
                     again.append(replace(tried, failed=tried.failed + 1))
                     self.repeated += 1
@@ -211,8 +240,23 @@ class RayCrew(AbstractContextManager["RayCrew"]):
         if not isinstance(argument, Mapping):
             return argument
         if id(argument) not in self._sent:
+            while len(self._sent) >= KEPT:  # the cluster forgets it when no task needs it any more
+                del self._sent[next(iter(self._sent))]
             self._sent[id(argument)] = (ray.put(argument), argument)
         return self._sent[id(argument)][0]
+
+    def _crowded(self, nodes: Iterable[Mapping[str, Any]]) -> StudyError:
+        """What a worker needs, and what the machines have."""
+        found = [
+            f"{have.get('CPU', 0):g} cores, {have.get('GPU', 0):g} GPUs and {in_words(int(have.get('memory', 0)))}"
+            for have in (node["Resources"] for node in nodes if node["Alive"])
+        ]
+        memory = "" if self._memory is None else f" and {in_words(self._memory)} of memory"
+        return StudyError(
+            f"the Ray cluster {self._address} has no room for a worker (its machines have {'; '.join(found)})",
+            expected=f"a machine with a core, {self._gpus:g} GPUs{memory} for each",
+            remedy="add a machine, or lower --gpus-per-worker or --memory-per-worker",
+        )
 
     def _finished(self) -> list[tuple[_Try, Any]]:
         """Wait until something happens; the tasks that ended with it, with their results or exceptions."""
@@ -236,12 +280,19 @@ class RayCrew(AbstractContextManager["RayCrew"]):
             try:
                 result, peak = ray.get(ref)
             except RayTaskError as error:
+                self._died = 0
                 self._idle.append(worker)
                 ended.append((tried, error.cause if isinstance(error.cause, Exception) else error))
             except RayError as error:  # the worker died, or its machine, perhaps with the result
+                self._died += 1
+                if self._died > TRIES * (self._asked or self._room):
+                    raise StudyError(
+                        f"{self._died} times a worker died before any unit was finished ({_last(error)})", remedy=REMEDY
+                    ) from error
                 self._await(worker)
                 ended.append((tried, error))
             else:
+                self._died = 0
                 self._idle.append(worker)
                 self.peaks[worker._actor_id.hex()] = max(peak, self.peaks.get(worker._actor_id.hex(), 0))
                 ended.append((tried, result))
@@ -268,6 +319,12 @@ def _connected(address: str, cores: int) -> Any:
     try:
         ray.init(address, logging_level=logging.CRITICAL, log_to_driver=False, **(here if address == "local" else {}))
     except (OSError, ValueError, RuntimeError, RayError) as error:
+        if "Version mismatch" in str(error):
+            raise StudyError(
+                f"the Ray cluster {address} runs other versions than this machine ({' '.join(str(error).split())})",
+                expected="the same Ray and Python on every machine",
+                remedy="install the same here, for example with -c constraints.txt, or use --ray local",
+            ) from error
         raise StudyError(
             f"the Ray cluster {address} cannot be used ({_last(error)})",
             expected="a running cluster of the same Ray and Python, with this machine in it",
@@ -291,14 +348,14 @@ def _reach(address: str) -> None:
         ) from error
 
 
-def _room(nodes: Iterable[Mapping[str, Any]], settings: Settings, gpus: float) -> int:
+def _room(nodes: Iterable[Mapping[str, Any]], settings: Settings, gpus: float, memory: int | None) -> int:
     """How many workers the machines of the cluster can hold."""
     room = 0
     for node in nodes:
         found = node["Resources"] if node["Alive"] else {}
         cores = floor(found.get("CPU", 0))
         most = floor(found.get("GPU", 0) / gpus) if gpus else (cores if settings.small else 1)
-        room += min(cores, most)
+        room += min(cores, most, cores if memory is None else floor(found.get("memory", 0) / memory))
     return room
 
 
@@ -310,6 +367,8 @@ def _check(ready: Any) -> None:
     try:
         machine, there = ray.get(ready)
     except RayError as error:
+        if isinstance(getattr(error, "cause", None), InterpVLMError):
+            raise error.cause from None  # type: ignore[attr-defined]
         raise StudyError(
             f"a worker cannot start ({_last(error)})", expected="interp_vlm installed on every machine of the cluster"
         ) from error
@@ -325,6 +384,15 @@ def _check(ready: Any) -> None:
             expected="the same on every machine",
             remedy="install the same versions there, for example with -c constraints.txt",
         )
+
+
+def _told(error: Exception) -> Exception:
+    """The error of a unit that is given up; a worker that died cannot say why itself."""
+    from ray.exceptions import RayError, RayTaskError
+
+    if not isinstance(error, RayError) or isinstance(error, RayTaskError):
+        return error
+    return StudyError(f"its worker died, perhaps for want of memory ({_last(error)})", remedy=REMEDY)
 
 
 def _last(error: Exception) -> str:

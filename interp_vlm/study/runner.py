@@ -91,6 +91,8 @@ def run_study(
             names = list(short_names(settings.models).values())
             sections = [Task(draw, (e, tables[e], names), e) for e in settings.experiments if len(tables.get(e, ()))]
             drawn = {task.label: section for task, section in hands.run(sections)}
+            if crew is not None:
+                write_bytes(folder.path / "workers.json", crew.as_json().encode())
             return write_report(folder, settings, material, facts, tables, drawn)
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -33,7 +33,20 @@ if TYPE_CHECKING:
     from interp_vlm.study.material import Shard
     from interp_vlm.vlm import VLM
 
-__all__ = ["Crew", "Failure", "Task", "UnitsFailed", "describe", "hold", "joined", "measure", "prepare", "summarise"]
+__all__ = [
+    "Crew",
+    "Failure",
+    "Task",
+    "Unfit",
+    "UnitsFailed",
+    "describe",
+    "hold",
+    "joined",
+    "measure",
+    "prepare",
+    "summarise",
+    "warm",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +106,10 @@ class UnitsFailed(StudyError):
             for failure in self.failures
         ]
         return json.dumps(found, indent=1) + "\n"
+
+
+class Unfit(ModelError):
+    """A machine lacks what the study was begun with, so that whatever it is given would fail there."""
 
 
 class Crew(AbstractContextManager["Crew"]):
@@ -199,8 +216,8 @@ def _bench(model: str, aside: Mapping[str, Any] | None = None) -> Bench:
     from interp_vlm.vlm import load
 
     if _HELD.get("model") != model:
-        _HELD.pop("bench", None)
-        _HELD.pop("weights", None)
+        for name in ("bench", "model", "weights"):
+            _HELD.pop(name, None)
         gc.collect()
         options = {} if _HELD["settings"].device is None else {"device_map": _HELD["settings"].device}
         _HELD["bench"], _HELD["model"] = Bench(load(model, **options), _HELD["settings"]), model
@@ -209,6 +226,12 @@ def _bench(model: str, aside: Mapping[str, Any] | None = None) -> Bench:
     if missing:
         bench = _HELD["bench"] = replace(bench, **missing)
     return bench
+
+
+def warm(model: str) -> None:
+    """Load a model ahead of its first task, to which an error is left."""
+    with suppress(Exception):
+        _bench(model)
 
 
 def describe(model: str, example: Example) -> dict[str, Any]:
@@ -253,7 +276,7 @@ def prepare(model: str, experiment: str, aside: Mapping[str, tuple[Example, ...]
     """What all shards of one model share: fields of the bench.
 
     Raises:
-        ModelError: see `measure`.
+        Unfit: see `measure`.
     """
     from interp_vlm.study.experiments import EXPERIMENTS
 
@@ -272,8 +295,8 @@ def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, Any],
         weights: fingerprint of the model's weights where the study was begun.
 
     Raises:
-        ModelError: when the model here has other weights than where the study was begun: another revision in this
-            machine's cache, or a folder that has changed.
+        Unfit: when the model is not there, or has other weights than where the study was begun: another revision in
+            this machine's cache, or a folder that has changed.
     """
     from interp_vlm.study.experiments import EXPERIMENTS
 
@@ -282,11 +305,18 @@ def measure(model: str, experiment: str, shard: Shard, aside: Mapping[str, Any],
 
 def _known(model: str, aside: Mapping[str, Any], weights: str) -> Bench:
     """The bench, with the model with which the study was begun."""
-    bench = _bench(model, aside)
+    try:
+        bench = _bench(model, aside)
+    except ModelError as error:
+        raise Unfit(
+            f"model {model} cannot be loaded on {socket.gethostname()} ({error.problem})",
+            expected="the same files everywhere",
+            remedy="put them at the same path, or into the cache of that machine, and go on with --resume",
+        ) from error
     if "weights" not in _HELD:
         _HELD["weights"] = _weights(bench.vlm)
     if _HELD["weights"] != weights:
-        raise ModelError(
+        raise Unfit(
             f"model {model} on {socket.gethostname()} has other weights than where the study was begun",
             expected="the same files everywhere",
             remedy="fetch the same revision there, and go on with --resume",

@@ -4,29 +4,34 @@ import json
 import operator
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listens on the loopback alone
 
+import numpy
 import pandas as pd
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from interp_vlm.cli import main
+from interp_vlm.engine.memory import left_to_process
 from interp_vlm.errors import ModelError, StudyError
 from interp_vlm.study import ray_pool
 from interp_vlm.study.material import load_material, shards
 from interp_vlm.study.ray_pool import TRIES, RayCrew
 from interp_vlm.study.runner import run_study
 from interp_vlm.study.settings import Settings
-from interp_vlm.study.work import Crew, Task, UnitsFailed, measure
+from interp_vlm.study.work import Crew, Task, Unfit, UnitsFailed, measure
 from interp_vlm.vlm import load
 
 SETTINGS = Settings(models=("testbed:llava",), limit=12, shard_size=6, claims=("A1",), seed=5)
@@ -108,7 +113,7 @@ def _meanwhile(folder: Path, finished: int, act) -> threading.Thread:
 
 
 def test_a_worker_killed_in_the_middle_of_a_unit(cluster, whole, quiet, tmp_path):
-    crew = RayCrew(SETTINGS, cluster.address)
+    crew = RayCrew(SETTINGS, cluster.address, memory_per_worker="1GiB")
     killed = []
 
     def kill() -> bool:
@@ -124,7 +129,11 @@ def test_a_worker_killed_in_the_middle_of_a_unit(cluster, whole, quiet, tmp_path
     assert killed
     assert 1 <= crew.repeated <= len(killed)
     assert len(crew.peaks) == 2
-    assert all(2**27 < peak < 2**31 for peak in crew.peaks.values())
+    assert all(2**27 < peak <= 2**30 for peak in crew.peaks.values())
+    assert json.loads((tmp_path / "run/workers.json").read_text()) == {
+        "peak_memory": crew.peaks, "memory_per_worker": 2**30, "repeated": crew.repeated
+    }  # fmt: skip
+    assert re.search(r"2 workers on Ray, at most 0\.\d\d GiB each of 1\.00 GiB; [1-9]", crew.summary)
     _same(tmp_path / "run", whole)
 
 
@@ -226,6 +235,96 @@ def test_what_fails_always_is_tried_three_times_and_what_is_wrong_once(cluster):
         assert crew.repeated == 2 * (TRIES - 1)
 
 
+def _filled(pieces: int) -> int:
+    """Holds so many pieces of 16 MiB, and says how many there were."""
+    return len([torch.ones(2**22) for _ in range(pieces)])
+
+
+def test_a_worker_cannot_exceed_its_memory_and_says_which_examples_needed_more(cluster):
+    bound = 768 * 2**20
+    with RayCrew(SETTINGS, cluster.address, workers=1, memory_per_worker="768MiB") as crew:
+        needy = Task(_filled, (80,), path=Path("parts/accuracy/m/0000.parquet"), examples=("a", "b"))
+        tables = Task(numpy.ones, (2**28,), path=Path("parts/accuracy/m/0001.parquet"), examples=("c",))
+        found = []
+        with pytest.raises(UnitsFailed, match="tried once: accuracy/m/0000, examples a to b") as caught:
+            found.extend(result for _, result in crew.run([needy, tables, Task(_filled, (4,))]))
+        assert found == [4], "the worker goes on"
+        assert crew.repeated == 0
+        assert all(bound - 2**28 < peak <= bound for peak in crew.peaks.values())
+        for failure, who in zip(caught.value.failures, ("DefaultCPUAllocator", "Unable to allocate"), strict=True):
+            assert "a worker's memory of 0.75 GiB on" in str(failure.error)
+            assert who in str(failure.error)
+            assert "raise --memory-per-worker" in str(failure.error)
+        (_, left), *_ = crew.run([Task(left_to_process, ())])
+        assert 0 < left < bound, "the engine's budget is a share of what is left"
+        with pytest.raises(StudyError, match=r"^_filled tables of m: a worker's memory of 0\.75 GiB on"):
+            list(crew.run([Task(_filled, (80,), "tables of m")]))
+    with RayCrew(SETTINGS, cluster.address, workers=1) as crew:
+        assert [result for _, result in crew.run([replace(needy), Task(left_to_process, ())])] == [80, sys.maxsize]
+        assert max(crew.peaks.values()) > bound
+
+
+def test_a_bound_that_no_worker_or_machine_can_keep(cluster):
+    small = RayCrew(SETTINGS, cluster.address, workers=1, memory_per_worker="100MiB")
+    with small, pytest.raises(StudyError, match=r"is 0\.10 GiB, and a worker without a model holds 0\.\d\d GiB; raise"):
+        list(small.run([Task(operator.add, (1, 1))]))
+    with pytest.raises(StudyError, match=r"no room for a worker .* 1 cores, 0 GPUs .* 9000\.00 GiB of memory for each"):
+        RayCrew(SETTINGS, cluster.address, memory_per_worker="9000GiB").__enter__()
+    with pytest.raises(StudyError, match="memory_per_worker is 'much'; expected bytes, or a size such as '2GiB'"):
+        RayCrew(SETTINGS, "local", memory_per_worker="much")
+
+
+def test_workers_that_die_one_after_another_end_the_study(cluster, monkeypatch):
+    monkeypatch.setattr(ray_pool, "TRIES", 1)
+    with (
+        RayCrew(SETTINGS, cluster.address, workers=1) as crew,
+        pytest.raises(StudyError, match=r"2 times a worker died before any unit was finished .*--memory-per-worker"),
+    ):
+        list(crew.run([Task(os._exit, (1,), examples=(name,)) for name in "abc"]))
+
+
+def test_a_machine_without_the_model_ends_the_study(cluster, random_model, tmp_path):
+    """By its Hub name, a model lies in each machine's own cache; here two machines have caches, one of them empty."""
+    snapshot = tmp_path / "full/hub/models--org--tiny/snapshots/0123"
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "full/hub/models--org--tiny/refs").mkdir()
+    (tmp_path / "full/hub/models--org--tiny/refs/main").write_text("0123")
+    shutil.copytree(random_model, snapshot)
+    for node in list(cluster.worker_nodes):
+        cluster.remove_node(node, allow_graceful=False)
+    caches = [{"HF_HOME": str(tmp_path / name), "HF_HUB_OFFLINE": "1"} for name in ("full", "empty")]
+    nodes = [cluster.add_node(num_cpus=1, env_vars=env, **NODE) for env in caches]
+    shard = shards(load_material(SETTINGS).conditions, 6)[0]
+    try:
+        with RayCrew(replace(SETTINGS, models=("org/tiny",)), cluster.address, workers=2) as crew:
+            tasks = [Task(measure, ("org/tiny", "accuracy", shard, {}, "?"), examples=shard.ids) for _ in range(2)]
+            with pytest.raises(Unfit, match=r"org/tiny cannot be loaded on .*expected the same files everywhere"):
+                list(crew.run(tasks))
+    finally:
+        for node in nodes:
+            cluster.remove_node(node)
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, **NODE)
+
+
+def test_a_cluster_of_another_ray_is_refused(cluster):
+    """What its head says of itself is what another version would say."""
+    from ray._private.ray_constants import KV_NAMESPACE_CLUSTER
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=cluster.address)
+    told = client.internal_kv_get(b"CLUSTER_METADATA", namespace=KV_NAMESPACE_CLUSTER)
+    other = json.dumps({**json.loads(told), "ray_version": "2.9.3"}).encode()
+    client.internal_kv_put(b"CLUSTER_METADATA", other, True, KV_NAMESPACE_CLUSTER)
+    try:
+        with pytest.raises(
+            StudyError, match=r"runs other versions than this machine .*Ray: 2\.9\.3 .*constraints\.txt"
+        ):
+            RayCrew(SETTINGS, cluster.address).__enter__()
+    finally:
+        client.internal_kv_put(b"CLUSTER_METADATA", told, True, KV_NAMESPACE_CLUSTER)
+
+
 def test_workers_of_other_versions_are_refused(cluster, quiet, tmp_path):
     other = tmp_path / "site" / "transformers-4.0.0.dist-info"
     other.mkdir(parents=True)
@@ -248,7 +347,9 @@ def test_a_model_with_other_weights_on_a_worker_is_refused():
 
 def test_a_cluster_without_room_and_a_cluster_that_is_gone(cluster, monkeypatch):
     on_gpu = Settings(models=SETTINGS.models, device="cuda")
-    with pytest.raises(StudyError, match="no room for a worker; expected a machine with a free core and 1 GPUs"):
+    with pytest.raises(
+        StudyError, match=r"no room for a worker .* 0 GPUs .*expected a machine with a core, 1 GPUs for each"
+    ):
         RayCrew(on_gpu, cluster.address, gpus_per_worker=1).__enter__()
     with RayCrew(SETTINGS, cluster.address) as crew:
         assert [result for _, result in crew.run([Task(operator.add, (1, 1))] * 2)] == [2, 2]
@@ -290,6 +391,8 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
         (["--ray", "local", "--gpus-per-worker", "1"], "without --device"),
         (["--ray", "local", "--device", "cuda"], "without --gpus-per-worker"),
         (["--gpus-per-worker", "1"], "without --ray"),
+        (["--memory-per-worker", "2GiB"], "--memory-per-worker 2GiB without --ray"),
+        (["--ray", "local", "--memory-per-worker", "2 apples"], "memory_per_worker is '2 apples'"),
     ],
 )
 def test_options_that_make_no_sense(monkeypatch, capsys, tmp_path, words, named):
