@@ -37,7 +37,16 @@ def compare(
         str | None, typer.Option(help="Where the models go: cuda, auto, ...", show_default="the CPU")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes.", show_default="one a core for the embedded models, else 1")
+        int | None,
+        typer.Option(
+            help="Processes, or workers on Ray.",
+            show_default="one a core for the embedded models, else 1; all that the Ray cluster has room for",
+        ),
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="Work on Ray, as study does: local, auto or HOST:PORT.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker on Ray.")] = 0.0,
+    memory_per_worker: Annotated[
+        str | None, typer.Option(help="Main memory of each worker on Ray, such as 2GiB.", show_default="no bound")
     ] = None,
 ) -> None:
     """Compare how fragile models are: what ablating neurons and bypassing layers costs each of them.
@@ -51,6 +60,7 @@ def compare(
     from rich.console import Console
 
     from interp_vlm.errors import StudyError
+    from interp_vlm.study.command import crew_on_ray
     from interp_vlm.study.folder import free_folder
     from interp_vlm.study.runner import run_study
     from interp_vlm.study.settings import Settings, short_names
@@ -60,12 +70,15 @@ def compare(
     if workers is not None and workers < 1:
         raise StudyError(f"workers is {workers}", expected="a whole number from 1")
     settings = Settings(models=tuple(model), data=data, limit=limit, seed=seed, device=device, claims=CLAIMS)
+    crew = crew_on_ray(settings, ray, workers, gpus_per_worker, memory_per_worker)
     folder = free_folder(Path("runs")) if out is None else out
     try:
-        report = run_study(settings, folder, resume=resume, workers=workers)
+        report = run_study(settings, folder, resume=resume, workers=workers, crew=crew)
     except KeyboardInterrupt:
         typer.echo(f"stopped; go on with --resume --out {folder}", err=True)
         raise
+    if crew is not None:
+        typer.echo(crew.summary, err=True)
     files = {name: folder / "tables" / f"{name}.parquet" for name in ("accuracy", "neurons", "bypass")}
     tables = {name: pd.read_parquet(file) for name, file in files.items() if file.is_file()}
     Console().print(side_by_side(tables, list(short_names(settings.models).values())), highlight=False)
