@@ -395,8 +395,9 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch):
         (["--ray", "local", "--memory-per-worker", "2 apples"], "memory_per_worker is '2 apples'"),
     ],
 )
-def test_options_that_make_no_sense(monkeypatch, capsys, tmp_path, words, named):
-    monkeypatch.setattr(sys, "argv", ["interp-vlm", "study", *words, "--out", str(tmp_path / "run")])
+@pytest.mark.parametrize("command", [("study",), ("compare", "testbed:llava")], ids=["study", "compare"])
+def test_options_that_make_no_sense(monkeypatch, capsys, tmp_path, command, words, named):
+    monkeypatch.setattr(sys, "argv", ["interp-vlm", *command, *words, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stop:
         main()
     err = capsys.readouterr().err
