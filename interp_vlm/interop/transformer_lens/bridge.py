@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from interp_vlm.errors import ModelError
 from interp_vlm.interop.transformer_lens.register import adapter_for
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
         bit for bit.
 
     Raises:
-        ModelError: for a family without an adapter, or where TransformerLens is not installed.
+        ModelError: for a family without an adapter, weights on several devices, or where TransformerLens is not
+            installed.
 
     Example:
         >>> import interp_vlm as iv
@@ -52,6 +54,7 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
 
     from interp_vlm.interop.transformer_lens.editable import VLMBridge
 
+    _refuse_several_devices(vlm)
     model = _skeleton(vlm.model)
     adapter = kind(build_bridge_config_from_hf(model.config, architecture, vlm.name, vlm.dtype))
     adapter.cfg.device = str(vlm.device)
@@ -61,6 +64,16 @@ def to_bridge(vlm: VLM) -> TransformerBridge:
     bridge = VLMBridge(model, adapter, copy.deepcopy(vlm.tokenizer))
     bridge.processor = vlm.processor
     return bridge
+
+
+def _refuse_several_devices(vlm: VLM) -> None:
+    """TransformerLens' own code joins the parts of a model, and does not carry values between devices."""
+    if len(devices := sorted({str(weight.device) for weight in vlm.model.parameters() if not weight.is_meta})) > 1:
+        raise ModelError(
+            f"the weights of {vlm.name} lie on {' and '.join(devices)}",
+            expected="one device for TransformerLens",
+            remedy="load the model on one device, or use vlm.run and vlm.capture, which follow a device map",
+        )
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
