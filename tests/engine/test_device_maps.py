@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import interp_vlm as iv
+from interp_vlm.errors import ModelError
 from interp_vlm.models.anatomy import describe
 from interp_vlm.models.loading import load
 from tests.engine.labelled import labelled_devices
@@ -141,6 +142,11 @@ def test_every_plan_gives_the_same_numbers(split: Split) -> None:
 def test_a_sweep_gives_the_same_numbers(split: Split) -> None:
     found, wanted = split.compare(swept)
     assert found.receipts == wanted.receipts
+
+
+def test_the_bridge_to_transformer_lens_wants_one_device(split: Split) -> None:
+    with pytest.raises(ModelError, match=f"lie on {split.pair[0]} and {split.pair[1]}; expected one device"):
+        iv.to_bridge(split.away)
 
 
 @pytest.mark.parametrize("reading", READINGS)

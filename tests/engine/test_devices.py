@@ -1,6 +1,8 @@
 """Models whose weights wait in memory or on the disk: the same numbers by every plan and readout."""
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -72,6 +74,55 @@ def test_every_plan_gives_the_same_numbers(pair):
     wanted = {"resume", "full"} if here.anatomy.family == "paligemma" else {"last_row", "suffix", "resume", "full"}
     assert names == wanted
     assert torch.equal(iv.sweep(away, other, many(away)).values, iv.sweep(here, batch, many(here)).values)
+
+
+class Counted(dict[str, torch.Tensor]):
+    """Weights in memory, and how often each was brought in."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        super().__init__(weights)
+        self.times = Counter[str]()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.times[name] += 1
+        return super().__getitem__(name)
+
+
+def test_a_plan_brings_in_the_layers_that_it_computes():
+    vlm = iv.load("testbed:llava")
+    held = Counted({name: weight.detach() for name, weight in vlm.model.state_dict().items()})
+    cpu_offload(vlm.model, execution_device=torch.device("cpu"), state_dict=held)
+    vlm = iv.VLM(vlm.model, vlm.processor)
+    batch, anatomy = encoded(vlm), vlm.anatomy
+    decoder = {name for name in held if name.startswith((f"{anatomy.layers}.", anatomy.final_norm, anatomy.head))}
+
+    def brought(compute: Callable[[], Any]) -> dict[str, int]:
+        held.times.clear()
+        compute()
+        return dict(held.times)
+
+    whole = brought(lambda: vlm.model(**batch.inputs))  # accelerate asks more than once for a weight
+
+    def above(first: int) -> dict[str, int]:
+        below = tuple(f"{anatomy.layers}.{layer}." for layer in range(first))
+        return {name: times for name, times in whole.items() if name in decoder and not name.startswith(below)}
+
+    layers, heads = [[1], [2], [3]], [[0], [1], [2]]
+    many = iv.vary(iv.AttentionKnockout("last", "image"), layers=layers, heads=heads)
+    iv.sweep(vlm, batch, many)  # the run without interventions, and the proof of the layers
+    edits = {
+        "last_row": (many[-1], above(3)),
+        "suffix": (iv.AttentionKnockout("question", "image", layers=[2]), above(2)),
+        "resume": (iv.Ablation("resid_post", layers=[1], positions="all", to="zero"), above(1)),
+        "full": (iv.Ablation("projector_out", positions=select.random(0.5, seed=0), to="zero"), above(0)),
+    }
+    for name, (edit, wanted) in edits.items():
+        assert vlm.plan(batch, edit).name == name
+        vlm.run(batch, edit)  # what it starts from
+        assert brought(lambda edit=edit: vlm.run(batch, edit)) == wanted, name
+    iv.sweep(vlm, batch, many)
+    assert brought(lambda: iv.sweep(vlm, batch, many)) == above(1)
+    assert brought(lambda: vlm.run(batch, iv.Ablation("vision_post", layers=[0], to="zero"))) == whole
 
 
 def arrays(result: Any) -> list[torch.Tensor]:
