@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 from interp_vlm.errors import InterventionError
@@ -94,10 +94,10 @@ def release() -> None:
 
 def _free(device: torch.device) -> int:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return min(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), left_to_process())
-    return 4 * 2**30
+        # What torch has set aside and does not use is free too, though the driver does not know it.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min(psutil.virtual_memory().available, left_to_process())
 
 
 def left_to_process() -> int:
