@@ -14,6 +14,8 @@ __all__ = ["REMEDY", "TooLittleMemory", "bounded", "in_bytes", "in_words", "spar
 
 REMEDY = "raise --memory-per-worker, choose fewer --workers or a smaller --batch-size, and go on with --resume"
 
+RESERVE = 32 * 2**20  # bytes for pages of libraries that are not read yet
+
 
 class TooLittleMemory(StudyError):
     """A task that needed more memory than its process may hold."""
@@ -93,7 +95,9 @@ def bounded(limit: int | None, unused: int = 0) -> Iterator[None]:
         from interp_vlm.engine.memory import held
 
         before = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (max(0, limit + unused - held()["RssFile"]), before[1]))
+        wanted = max(0, limit + unused - held()["RssFile"] - RESERVE)
+        least = min([wanted, *(each for each in before if each != resource.RLIM_INFINITY)])
+        resource.setrlimit(resource.RLIMIT_DATA, (least, before[1]))
     failed: Exception | None = None
     try:
         yield
