@@ -32,7 +32,7 @@ from interp_vlm.models.anatomy import Anatomy, describe
 from interp_vlm.models.encode import encode
 from interp_vlm.models.registry import family_for
 from interp_vlm.readouts.answers import read_answers
-from interp_vlm.readouts.metrics import Metric, MetricContext, logit_difference
+from interp_vlm.readouts.metrics import Metric, MetricContext, PairDifference, logit_difference
 from interp_vlm.readouts.run import Generation, Run
 from interp_vlm.readouts.spelling import prompt_ends
 from interp_vlm.sites import SITES
@@ -251,8 +251,7 @@ class VLM:
             raise InterventionError("no batch to sweep over", expected="at least one encoded batch")
         values, baselines = [], []
         receipts: list[list[Receipt]] = [[] for _ in groups]
-        bound = next((each for group in groups for each in group if getattr(each, "reads_prompts", False)), None)
-        whole = "" if bound is None else f"{bound!r} takes its values from the whole batch"
+        whole = _needs_whole(groups, metric)
 
         def swept(_rows: range, part: Batch) -> tuple[Tensor, Tensor, dict[int, tuple[Receipt, ...]]]:
             column: dict[int, Tensor] = {}
@@ -410,6 +409,15 @@ def sweep(
         A `Sweep` with `.values` (intervention, example), `.frame()` and `.plot()`.
     """
     return vlm.sweep(batches, many, metric, **options)
+
+
+def _needs_whole(groups: Sequence[Sequence[Intervention]], metric: Metric) -> str:
+    """Why a sweep needs each batch as it is: what belongs to its rows; empty where any of them will do."""
+    bound = next((each for group in groups for each in group if getattr(each, "reads_prompts", False)), None)
+    if bound is not None:
+        return f"{bound!r} takes its values from the whole batch"
+    listed = isinstance(metric, PairDifference) and any(isinstance(side, tuple) for side in metric._sides)
+    return f"{metric!r} names an answer for each" if listed else ""
 
 
 def _listed(interventions: Intervention | Sequence[Intervention]) -> list[Intervention]:
