@@ -52,10 +52,12 @@ class Batches:
     size: int
 
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], Batch]]:
+        def moved(_rows: range, part: Batch) -> Batch:
+            return part.to(self.vlm.device, self.vlm.dtype)
+
         for pack in self._packs():
-            batch = _joined(pack.ones, self.vlm.tokenizer).to(self.vlm.device, self.vlm.dtype)
-            for rows in _fitting(self.vlm, batch):
-                yield tuple(pack.numbers[rows.start : rows.stop]), _rows(batch, rows)
+            for rows, batch in in_parts(self.vlm, _joined(pack.ones, self.vlm.tokenizer), moved):
+                yield tuple(pack.numbers[rows.start : rows.stop]), batch
 
     def map(self, function: Callable[[tuple[int, ...], Batch], T]) -> Iterator[tuple[tuple[int, ...], T]]:
         """Call a function of the examples' numbers and the batch, with smaller batches where memory runs out.
@@ -76,8 +78,7 @@ class Batches:
             [2, 1]
         """
         for numbers, batch in self:
-            parts = in_parts(self.vlm, batch, lambda rows, part: function(numbers[rows.start : rows.stop], part))  # noqa: B023
-            yield from ((numbers[rows.start : rows.stop], found) for rows, found in parts)
+            yield from self._called(function, numbers, batch)
 
     def each(self, function: Callable[[tuple[int, ...], Batch], Sequence[T]]) -> Iterator[T]:
         """`map` of a function that says something of each example: one by one, in the order of the examples.
@@ -96,6 +97,15 @@ class Batches:
             while due in waiting:
                 yield waiting.pop(due)
                 due += 1
+
+    def _called(
+        self, function: Callable[[tuple[int, ...], Batch], T], numbers: tuple[int, ...], batch: Batch
+    ) -> Iterator[tuple[tuple[int, ...], T]]:
+        def called(rows: range, part: Batch) -> T:
+            return function(numbers[rows.start : rows.stop], part)
+
+        for rows, found in in_parts(self.vlm, batch, called):
+            yield numbers[rows.start : rows.stop], found
 
     def _packs(self) -> Iterator[_Pack]:
         """The examples, encoded once each, as packs of those that go together; their order depends on them alone."""

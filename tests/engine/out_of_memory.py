@@ -94,10 +94,14 @@ def swept(vlm, examples):
         iv.sweep(vlm, many, [iv.Ablation("mlp_post", layers=[1], to="mean")])
     except iv.DataError as error:
         refused = str(error)
+    sizes = list(sizes)
     everywhere()
+    right = [example.answer for example in examples] * TIMES
+    wrong = ["no" if answer == "yes" else "yes" for answer in right]
+    listed = iv.sweep(vlm, many, knockouts, iv.logit_difference(right, wrong))
     far = max(gap(found.values, wanted.values.repeat(1, TIMES)), gap(found.baseline, wanted.baseline.repeat(TIMES)))
-    examples_of = [sum(1 for _ in receipts) for receipts in found.receipts]
-    return {"sizes": sizes, "gap": far, "receipts": examples_of, "refused": refused}
+    parts = [[len(issued) for issued in sweep.receipts] for sweep in (found, listed)]
+    return {"sizes": sizes, "gap": far, "parts": parts, "refused": refused}
 
 
 def sampled(vlm, examples):

@@ -1,5 +1,6 @@
 """Batches of about equal length: what the processor makes of the same examples, hardly any padding, and no lost one."""
 
+import functools
 import random
 from types import SimpleNamespace
 
@@ -35,14 +36,20 @@ def together(vlm, examples):
     return vlm.encode([example.image for example in examples], [example.question for example in examples])
 
 
+@functools.cache
+def packed(family):
+    """Mixed examples, and their batches."""
+    examples = mixed()
+    return examples, list(iv.batches(Setting(family, bits=32).vlm, examples, size=4))
+
+
 def padded(batch):
     return int((batch.inputs["attention_mask"] == 0).sum())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_is_what_the_processor_makes_of_its_examples(family):
-    vlm, examples = Setting(family, bits=32).vlm, mixed()
-    found = list(iv.batches(vlm, examples, size=4))
+    vlm, (examples, found) = Setting(family, bits=32).vlm, packed(family)
     assert sorted(number for numbers, _ in found for number in numbers) == list(range(16))
     for numbers, batch in found:
         wanted = together(vlm, [examples[number] for number in numbers])
@@ -61,9 +68,8 @@ def test_a_batch_is_what_the_processor_makes_of_its_examples(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pictures_are_not_padded_and_prompts_by_a_sixteenth_at_most(family):
-    vlm, examples = Setting(family, bits=32).vlm, mixed()
+    vlm, (examples, batches) = Setting(family, bits=32).vlm, packed(family)
     alone = [together(vlm, [example]) for example in examples]
-    batches = list(iv.batches(vlm, examples, size=4))
     for numbers, batch in batches:
         lengths = [tokens.length for tokens in batch.tokens]
         assert max(lengths) == batch.inputs["input_ids"].shape[1] <= (1 + SLACK) * min(lengths)

@@ -36,11 +36,12 @@ def test_batches_are_halved_until_they_fit_and_that_is_remembered(happened):
 def test_a_sweep_of_a_large_batch_goes_on_with_its_halves(happened):
     found = happened["swept"]
     assert found["sizes"][0] == 128 > found["sizes"][-2]
-    assert found["receipts"] == [128 // found["sizes"][-2]] * 2
+    assert found["parts"][0] == [128 // found["sizes"][-2]] * 2
     assert found["gap"] < 1e-5
 
 
-def test_a_batch_that_an_intervention_takes_whole_is_not_cut(happened):
+def test_a_batch_is_not_cut_where_something_belongs_to_its_rows(happened):
+    assert happened["swept"]["parts"][1] == [1, 1]  # a list of answers, one for each
     assert "too little memory on cpu for 128 examples" in happened["swept"]["refused"]
     assert "to='mean') takes its values from the whole batch; take smaller batches" in happened["swept"]["refused"]
     assert happened["swept"]["sizes"][-1] == 128
