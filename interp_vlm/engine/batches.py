@@ -74,8 +74,9 @@ class Batches:
         Example:
             >>> import interp_vlm as iv
             >>> vlm, examples = iv.load("testbed:llava"), iv.data.digit_scenes(n=3)
-            >>> [found for _, found in iv.batches(vlm, examples, size=2).map(lambda _, batch: len(vlm.run(batch)))]
-            [2, 1]
+            >>> found = iv.batches(vlm, examples, size=2).map(lambda _, batch: vlm.run(batch).logits)
+            >>> [(numbers, len(logits)) for numbers, logits in found]
+            [((0, 1), 2), ((2,), 1)]
         """
         for numbers, batch in self:
             yield from self._called(function, numbers, batch)

@@ -75,7 +75,7 @@ def asked_for(error: BaseException) -> str:
 
     Example:
         >>> asked_for(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7733248 bytes."))
-        '7.4 MiB'
+        '7.38 MiB'
     """
     found = re.search(r"tried to allocate (\d+(?:\.\d+)?) ([KMGT]?i?B|bytes)", str(error), re.IGNORECASE)
     if found is None:
