@@ -182,7 +182,7 @@ def _cones(
     above = f"nothing changes before layer {layer}"
     if alone and not trunk.unknown:
         reason = f"{above}, and from there on only the answer's own row, which no other row attends"
-        plans.append(Plan("last_row", len(batch), depth, layer, int(last.min()), reason, kept))
+        plans.append(Plan("last_row", len(batch), depth, layer, int(last.min()), reason, kept, idle=idle))
     if start > 0 and not trunk.unknown:
         reason = f"{above} nor before position {start}, since no row before it attends a later one that does"
         plans.append(Plan("suffix", len(batch) * (length - start), depth, layer, start, reason, kept, idle=idle))
@@ -200,7 +200,7 @@ def _spread(
     last[torch.arange(len(batch), device=touched.device), batch.last.to(touched.device)] = True
     start = int(touched.any(dim=0).float().argmax()) if bool(touched.any()) else int(batch.last.min())
     idle = not bool(touched.any()) or (attended is None and not bool((touched & last).any()))
-    alone = not idle and not bool((touched & ~last).any())
+    alone = not bool((touched & ~last).any())
     if attended is None:
         return start, alone, idle
     seen = attended.to(touched.device) & real[:, :, None]

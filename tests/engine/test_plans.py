@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from copy import copy
 from typing import Any
 
 import pytest
@@ -243,8 +244,12 @@ class TestMemory:
         assert len(passes) > 1
         torch.testing.assert_close(found.values, wanted.values, rtol=1e-10, atol=1e-12)
         monkeypatch.undo()
-        nothing = iv.sweep(self.setting.vlm, self.setting.batch, self.many(), memory=1)
+        nothing = iv.sweep(self.setting.vlm, copy(self.setting.batch), self.many(), memory=1)
         assert {receipt.plan for receipts in nothing.receipts for receipt in receipts} == {"full"}
+        held = iv.sweep(self.setting.vlm, self.setting.batch, self.many(), memory=1)  # needs no more room
+        assert [receipt.plan for each in held.receipts for receipt in each] == [
+            receipt.plan for each in wanted.receipts for receipt in each
+        ]
         torch.testing.assert_close(nothing.values, wanted.values, rtol=1e-10, atol=1e-12)
 
     def test_captures_that_will_not_be_used_are_not_kept(self):
