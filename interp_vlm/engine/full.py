@@ -149,6 +149,7 @@ def walk(access: Access, program: Program, stops: Sequence[tuple[Any, str, int]]
         value = visit(access, site, layer, edits[site, layer])
         if layer in program.captures.get(site, ()):
             recording.values[site, layer] = program.keep(site, layer, value)
+        del value  # or it would lie in memory until the next stop
 
 
 def visit(access: Access, site: str, layer: int, edits: Sequence[ResolvedPlace]) -> Tensor:

@@ -127,6 +127,7 @@ class AttentionKnockout(Intervention):
 
 
 @functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def _mask(chosen: tuple[int, ...], count: int) -> Bool[Tensor, " count"]:
     mask = torch.zeros(count, dtype=torch.bool)
     mask[list(chosen)] = True

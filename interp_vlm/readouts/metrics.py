@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, overload, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -116,7 +117,8 @@ class LogitDifference:
         scores = full_precision(logits)
         own = context.clean_answer.to(scores.device)
         rival = _answer_of(scores.masked_fill(own, -math.inf).argmax(dim=-1), scores, context)
-        return _within(scores, own) - _within(scores, rival)
+        ours, theirs = _within(scores, torch.stack([own, rival]))
+        return ours - theirs
 
 
 logit_difference = LogitDifference()
