@@ -125,7 +125,8 @@ def test_plans_say_what_they_do():
     plan = SETTING.vlm.plan(SETTING.batch, KNOCKOUT, engine="full")
     rows = SETTING.batch.inputs["input_ids"].numel()
     assert (plan.name, plan.rows, plan.layers) == ("full", rows, 3)
-    assert plan.explain() == f"full: {rows} token rows through 3 layers, because it was asked for"
+    working = f"about {plan.working / 2**20:.1f} MiB in a pass"
+    assert plan.explain() == f"full: {rows} token rows through 3 layers, {working}, because it was asked for"
     for attempt in (SETTING.vlm.plan, SETTING.vlm.run):
         with pytest.raises(InterventionError, match="engine='fast'; expected 'auto' or 'last_row'"):
             attempt(SETTING.batch, KNOCKOUT, engine="fast")
